@@ -1,0 +1,1 @@
+"""The method: branches, decoder, heads, CASA, losses, EMA, monitors and the trainer."""

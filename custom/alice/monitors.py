@@ -1,0 +1,141 @@
+"""Meters that tell learning from collapse, since the loss does not (spec 1.9)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from ignite.engine import Events
+from torch import Tensor, nn
+
+from custom.processes import rank, wait_for_all
+
+logger = logging.getLogger(__name__)
+
+ALARM_STD = 0.1  # of 1 / sqrt(d), the spread of vectors that are spread evenly (spec 1.8)
+
+
+def embedding_std(vectors: Tensor) -> Tensor:
+    """Mean standard deviation per dimension of unit vectors (n, d), times sqrt(d): healthy is 1, collapsed 0."""
+    unit = F.normalize(vectors.float(), dim=-1)
+    return unit.std(dim=0, correction=0).mean() * math.sqrt(unit.shape[1])
+
+
+def effective_rank(vectors: Tensor) -> Tensor:
+    """Exponential of the entropy of the centred vectors' singular values (n, d); 1 is a line."""
+    singular = torch.linalg.svdvals((vectors - vectors.mean(dim=0)).float())
+    share = singular / singular.sum().clamp(min=1e-12)
+    return torch.exp(-(share * share.clamp(min=1e-12).log()).sum())
+
+
+def mean_cosine(vectors: Tensor, owners: list[str]) -> Tensor:
+    """Mean cosine between vectors (n, d) of different patients; near 1 means that all look the same."""
+    unit = F.normalize(vectors.float(), dim=-1)
+    codes = {owner: i for i, owner in enumerate(dict.fromkeys(owners))}
+    code = torch.tensor([codes[owner] for owner in owners], device=unit.device)
+    apart = code[:, None] != code[None]
+    cosines = unit @ unit.T
+    return cosines[apart].mean() if apart.any() else cosines.new_tensor(math.nan)
+
+
+def gradient_norms(terms: dict[str, Tensor], network: nn.Module) -> dict[str, float]:
+    """L2 norm of each term's gradient on a network's parameters."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    norms = {}
+    for name, term in terms.items():
+        if name == "total" or not term.requires_grad:
+            continue
+        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        squares = [g.float().square().sum() for g in gradients if g is not None]
+        norms[f"grad/{name}"] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    return norms
+
+
+class Monitors:
+    """Every ``every`` steps: spread, rank and similarity of pooled vectors, EMA drift, gradient per term.
+
+    Vectors of the last ``window`` crops are kept, since one batch is too few for a rank. The values land in
+    ``engine.state.metrics`` under ``monitor/...``; a spread below the alarm's is logged as a warning.
+    """
+
+    def __init__(self, every: int = 100, window: int = 128) -> None:
+        self.every = max(every, 1)
+        self.student: deque[Tensor] = deque(maxlen=window)
+        self.teacher: deque[Tensor] = deque(maxlen=window)
+        self.owners: deque[str] = deque(maxlen=window)
+
+    def attach(self, engine: Any) -> None:
+        """Hook into a trainer."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED(event_filter=self._near), self.measure)
+
+    def _near(self, engine: Any, iteration: int) -> bool:
+        """A few steps before each report too, to fill the window without looking at every batch."""
+        return (iteration - 1) % self.every >= self.every - 8 or iteration % self.every == 0
+
+    def measure(self, engine: Any) -> None:
+        """Collect, and report when it is time."""
+        report = engine.state.iteration % self.every == 0
+        student, loss = engine.online, engine.loss
+        loss.eval()  # running centres must not move
+        with torch.set_grad_enabled(report):
+            output, terms = engine.losses_of(engine.state.batch, engine.state.iteration - 1, student)
+        loss.train()
+        self.student.extend(output.student_pooled.detach().float().cpu())
+        self.teacher.extend(output.teacher_pooled.detach().float().cpu())
+        batch = engine.state.batch
+        self.owners.extend([*batch["scan_q"], *batch["scan_k"]])
+        if not report:
+            return
+        teacher, own = torch.stack(list(self.teacher)), torch.stack(list(self.student))
+        values = {
+            "std_teacher": float(embedding_std(teacher)),
+            "std_student": float(embedding_std(own)),
+            "rank_teacher": float(effective_rank(teacher)),
+            "cosine_between_patients": float(mean_cosine(teacher, list(self.owners))),
+            "ema_drift": float(engine.ema.drift()),
+            "fallback_pairs": engine.pairs["fallback"] / max(engine.pairs["seen"], 1),
+        } | gradient_norms(terms, student.encoder)
+        engine.state.metrics.update({f"monitor/{name}": value for name, value in values.items()})
+        if values["std_teacher"] < ALARM_STD and values["rank_teacher"] < 2:
+            logger.warning(
+                "Step %d: the teacher's vectors collapse (spread %.3f of a healthy 1, effective rank %.1f). "
+                "Use the predictor, raise weight_r, or lower learning_rate.",
+                engine.state.iteration,
+                values["std_teacher"],
+                values["rank_teacher"],
+            )
+
+
+class ProbeHandler:
+    """Every ``every`` steps: run a probe on the frozen online encoder, by the first process.
+
+    Args:
+        probe: takes the token encoder, gives named numbers; see ``custom.data.probes``.
+        every: steps between probes; the first is before training, as the untrained baseline.
+    """
+
+    def __init__(self, probe: Callable[[nn.Module], dict[str, float]] | None, every: int = 1000) -> None:
+        self.probe, self.every = probe, max(every, 1)
+
+    def attach(self, engine: Any) -> None:
+        """Hook into a trainer."""
+        if self.probe is not None:
+            engine.add_event_handler(Events.STARTED, self.measure)
+            engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self.measure)
+
+    def measure(self, engine: Any) -> None:
+        """Probe and store the numbers under ``probe/...``."""
+        if rank() == 0 and self.probe is not None:
+            encoder = engine.online.encoder
+            training = encoder.training
+            encoder.eval()
+            values = self.probe(encoder)
+            encoder.train(training)
+            engine.state.metrics.update({f"probe/{name}": value for name, value in values.items()})
+            logger.info("Step %d: %s", engine.state.iteration, ", ".join(f"{k} {v:.3f}" for k, v in values.items()))
+        wait_for_all()

@@ -1,0 +1,155 @@
+"""What a run leaves to look at: a progress bar, TensorBoard, and one line of JSON per logged step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Events
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from custom.processes import any_process, rank, world_size
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Writes ``log.jsonl`` and TensorBoard events into a folder, by the first process.
+
+    A resumed run drops the lines past its checkpoint, so that the file always tells one story.
+
+    Args:
+        folder: of the run.
+        every: steps between lines.
+    """
+
+    def __init__(self, folder: str | Path, every: int = 1) -> None:
+        self.folder, self.every = Path(folder), max(every, 1)
+        self.path = self.folder / "log.jsonl"
+        self._writer: SummaryWriter | None = None
+        self._told: dict[str, float] = {}
+        self._clock, self._seen = 0.0, 0
+
+    def attach(self, engine: Any) -> None:
+        """Hook into a trainer; attach it last, after what measures."""
+        if rank() == 0:
+            engine.add_event_handler(Events.STARTED, self._start)
+            engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self._line)
+            engine.add_event_handler(Events.COMPLETED, self._stop)
+
+    def _start(self, engine: Any) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_log(self.folder) if line["step"] <= engine.state.iteration]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=engine.state.iteration + 1)
+        self._clock, self._seen = time.monotonic(), engine.state.iteration
+        if engine.state.metrics and engine.state.iteration == 0:
+            self._write(0, dict(engine.state.metrics))  # the untrained baseline
+        self._told = dict(engine.state.metrics)
+
+    def _line(self, engine: Any) -> None:
+        step, now = engine.state.iteration, time.monotonic()
+        values = dict(engine.state.output)
+        values["learning_rate"] = engine.optimizer.param_groups[0]["lr"]
+        pairs = engine.data_loader.batch_sampler.batch_size * world_size() * (step - self._seen)
+        speed = pairs / max(now - self._clock, 1e-9)
+        self._clock, self._seen = now, step
+        fresh = {k: v for k, v in engine.state.metrics.items() if self._told.get(k) != v}
+        self._told = dict(engine.state.metrics)
+        self._write(step, values | fresh, speed)
+
+    def _write(self, step: int, values: dict[str, float], speed: float | None = None) -> None:
+        line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+        if speed is not None:
+            line["pairs_per_second"] = round(speed, 3)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        assert self._writer is not None
+        for name, value in line.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
+
+    def _stop(self, engine: Any) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_log(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; a last line that a kill cut short is left out."""
+    path = Path(folder) / "log.jsonl"
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Progress:
+    """One bar over the whole run: loss terms, speed, time left."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def attach(self, engine: Any) -> None:
+        """Hook into a trainer."""
+        if rank() == 0:
+            engine.add_event_handler(Events.STARTED, self._start)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
+            engine.add_event_handler(Events.COMPLETED, self._stop)
+            engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
+
+    def _start(self, engine: Any) -> None:
+        self._bar = tqdm(total=engine.schedule.steps, initial=engine.state.iteration, desc="pre-train", unit="step", mininterval=1.0)
+
+    def _step(self, engine: Any) -> None:
+        assert self._bar is not None
+        output = engine.state.output
+        self._bar.set_postfix({k: f"{output[k]:.3f}" for k in ("l_r", "l_dv", "l_st")}, refresh=False)
+        self._bar.update()
+
+    def _stop(self, engine: Any) -> None:
+        assert self._bar is not None
+        self._bar.close()
+
+    def _fail(self, engine: Any, error: BaseException) -> None:
+        self._stop(engine)
+        raise error
+
+
+class LeaveOnSignal:
+    """SIGTERM and SIGUSR1 save a checkpoint after the current step and end the run cleanly.
+
+    Args:
+        every: with several processes, steps between asking whether one of them was told to leave.
+    """
+
+    def __init__(self, every: int = 10) -> None:
+        self.every, self.asked = max(every, 1), False
+
+    def attach(self, engine: Any) -> None:
+        """Hook into a trainer; handlers are put in place when it starts, and taken away when it ends."""
+        engine.add_event_handler(Events.STARTED, self._listen)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._leave_if_asked)
+
+    def _listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        self.asked = True
+
+    def _leave_if_asked(self, engine: Any) -> None:
+        together = world_size() == 1 or engine.state.iteration % self.every == 0
+        if together and any_process(self.asked, engine.device):
+            logger.warning("Asked to leave: saving at step %d.", engine.state.iteration)
+            engine.terminate()  # its end saves

@@ -1,0 +1,253 @@
+"""Pairs of crops at the same anatomy of two patients: Q and K."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from custom.data.store import VolumeStore
+from custom.landmarks.aligners import Aligner
+from custom.landmarks.geometry import to_voxels, to_world
+
+
+class Placement(NamedTuple):
+    """Where the two crops of a pair are cut."""
+
+    scan_q: str
+    scan_k: str
+    point_q: np.ndarray  # RAS mm
+    point_k: np.ndarray
+    start_q: np.ndarray  # first voxel along x, y, z
+    start_k: np.ndarray
+    score: float
+    redraws: int  # points or partners refused before this one
+    fallback: bool  # no partner scored enough: K is Q's own scan
+
+
+class PairDataset(Dataset):
+    """Pair number ``i`` of an endless, reproducible sequence (Alice, Sec. 3.1).
+
+    A query scan, a point in its body and a key scan of another patient are drawn; the aligner finds the point
+    in the key; both crops are cut on the stores' common spacing with *one* random offset from the matched
+    points. A match below the aligner's threshold, or a crop that leaves its volume further than it must, is
+    drawn again; after ``max_redraws`` the pair that needs least padding is taken, or, if no match scored
+    enough, the query's own scan serves as the key. Every pair is a function of ``(seed, i)`` alone: workers,
+    ranks and restarts change nothing.
+
+    Args:
+        store: volumes on one grid.
+        aligner: finds the point in the key.
+        crop_size: voxels along x, y, z.
+        window_hu: intensities from here to there become [0, 1], the rest is clipped.
+        length: how many pairs the dataset pretends to have.
+        seed: of the whole sequence.
+        names: volumes to use; None for all.
+        max_offset: share of the crop's half side by which its centre may lie off the matched point (ours: 0.5).
+        max_redraws: tries before padding or fallback (the paper leaves it open; the authors' code: 100).
+        queue_length: 0 draws any key; M > 0 takes it from the queries of the last M pairs (the authors' code: 1).
+
+    Raises:
+        ValueError: for settings out of range, or fewer than two patients.
+    """
+
+    def __init__(
+        self,
+        store: VolumeStore,
+        aligner: Aligner,
+        crop_size: Sequence[int],
+        window_hu: Sequence[float] = (-175.0, 250.0),
+        length: int = 1 << 40,
+        seed: int = 0,
+        names: Sequence[str] | None = None,
+        max_offset: float = 0.5,
+        max_redraws: int = 100,
+        queue_length: int = 0,
+    ) -> None:
+        if len(crop_size) != 3 or min(crop_size) < 1:
+            raise ValueError(f"crop_size must be three positive numbers of voxels, got {list(crop_size)}.")
+        if not window_hu[0] < window_hu[1]:
+            raise ValueError(f"window_hu must rise, got {list(window_hu)}.")
+        if not 0.0 <= max_offset <= 1.0:
+            raise ValueError(f"max_offset must be in [0, 1], got {max_offset}.")
+        self.store, self.aligner = store, aligner
+        self.crop_size = np.array(crop_size)
+        self.window_hu = (float(window_hu[0]), float(window_hu[1]))
+        self.length, self.seed = length, seed
+        self.max_offset, self.max_redraws, self.queue_length = max_offset, max_redraws, queue_length
+        self.scans_of: dict[str, list[str]] = {}
+        for name in names if names is not None else store.names:
+            self.scans_of.setdefault(store.patient(name), []).append(name)
+        self.patients = sorted(self.scans_of)
+        if len(self.patients) < 2:
+            raise ValueError(f"A pair is two different patients' scans; {store.path} offers {len(self.patients)} patient(s).")
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Crops (1, X, Y, Z) in [0, 1], points, score and bookkeeping of pair ``index``."""
+        place = self.place(index)
+        return {
+            "crop_q": self._crop(place.scan_q, place.start_q),
+            "crop_k": self._crop(place.scan_k, place.start_k),
+            "point_q": torch.from_numpy(place.point_q),
+            "point_k": torch.from_numpy(place.point_k),
+            "score": place.score,
+            "redraws": place.redraws,
+            "fallback": place.fallback,
+            "scan_q": place.scan_q,
+            "scan_k": place.scan_k,
+            # what masks and views of this pair are drawn from, wherever they are drawn
+            "seed": int(self._rng(index, stream=1).integers(1 << 62)),
+        }
+
+    def place(self, index: int) -> Placement:
+        """Draw pair ``index`` without reading a voxel."""
+        rng = self._rng(index, stream=0)
+        query = self._draw_query(index)
+        best: tuple[int, Placement] | None = None
+        for redraws in range(self.max_redraws + 1):
+            key = self._draw_key(index, query, rng)
+            point_q, offset = self._draw_point(query, rng)
+            match = self.aligner.align(query, point_q, key, rng)
+            if match.score < self.aligner.threshold:
+                continue
+            candidate = self._cut(query, key, point_q, match.point_mm, offset, match.score, redraws, False)
+            padding = self._needless_padding(candidate)
+            if best is None or padding < best[0]:
+                best = padding, candidate
+            if padding == 0:
+                break
+        if best is not None:
+            return best[1]._replace(redraws=redraws)
+        point_q, offset = self._draw_point(query, rng)  # an intra-volume pair, counted by the trainer
+        return self._cut(query, query, point_q, point_q, offset, 1.0, self.max_redraws, True)
+
+    def _rng(self, index: int, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, stream, index])
+
+    def _draw_query(self, index: int) -> str:
+        rng = self._rng(index, stream=2)
+        scans = self.scans_of[self.patients[rng.integers(len(self.patients))]]
+        return scans[rng.integers(len(scans))]
+
+    def _draw_key(self, index: int, query: str, rng: np.random.Generator) -> str:
+        own = self.store.patient(query)
+        if self.queue_length and index > 0:
+            back = 1 + int(rng.integers(min(self.queue_length, index)))
+            queued = self._draw_query(index - back)
+            if self.store.patient(queued) != own:
+                return queued
+        others = [p for p in self.patients if p != own]
+        scans = self.scans_of[others[rng.integers(len(others))]]
+        return scans[rng.integers(len(scans))]
+
+    def _draw_point(self, name: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """A point of the body, and the offset (voxels) of the crops' centres from it and its match.
+
+        The crop's place is drawn first, inside the volume where the volume is large enough; the point is one of
+        the body's in the middle part of the crop.
+        """
+        voxels, shape = self.store.body_voxels(name), np.array(self.store.shape(name))
+        reach = np.floor(self.max_offset * self.crop_size / 2).astype(int)
+        for _ in range(20):
+            point = voxels[rng.integers(len(voxels))]
+            offset = rng.integers(-reach, reach + 1)
+            start = point + offset - self.crop_size // 2
+            room = shape - self.crop_size
+            if np.all((start >= np.minimum(0, room)) & (start <= np.maximum(0, room))):
+                break
+        return to_world(self.store.affine(name), point), offset
+
+    def _cut(self, query: str, key: str, point_q: np.ndarray, point_k: np.ndarray, offset: np.ndarray, score: float, redraws: int, fallback: bool) -> Placement:
+        starts = [
+            np.rint(to_voxels(self.store.affine(name), point)).astype(int) + offset - self.crop_size // 2
+            for name, point in ((query, point_q), (key, point_k))
+        ]
+        return Placement(query, key, point_q, point_k, starts[0], starts[1], float(score), redraws, fallback)
+
+    def _needless_padding(self, place: Placement) -> int:
+        """Voxels by which the crops leave their volumes, beyond what a small volume makes unavoidable."""
+        total = 0
+        for name, start in ((place.scan_q, place.start_q), (place.scan_k, place.start_k)):
+            shape = np.array(self.store.shape(name))
+            outside = np.maximum(-start, 0) + np.maximum(start + self.crop_size - shape, 0)
+            total += int((outside - np.maximum(self.crop_size - shape, 0)).sum())
+        return total
+
+    def _crop(self, name: str, start: np.ndarray) -> torch.Tensor:
+        low, high = self.window_hu
+        crop = self.store.read_crop(name, start, self.crop_size, fill=int(np.floor(max(low, -1024))))
+        return torch.from_numpy(window(crop, low, high))[None]
+
+
+def window(volume_hu: np.ndarray, low: float, high: float) -> np.ndarray:
+    """HU to float32 in [0, 1], clipped."""
+    scaled = (volume_hu.astype(np.float32) - low) / (high - low)
+    return np.clip(scaled, 0.0, 1.0, out=scaled)
+
+
+class RankedBatches(Sampler[list[int]]):
+    """Batches of consecutive pair numbers, of which every process takes its own stretch.
+
+    Global batch ``g`` is pairs ``g * B * W`` to ``(g + 1) * B * W``; process ``r`` of ``W`` takes the ``r``-th ``B``
+    of them. To resume, start at the batch after the last one trained on.
+
+    Args:
+        batch_size: pairs a batch and process, B.
+        batches: how many batches in all, counted from 0.
+        start: first batch to give.
+        rank, world_size: this process, of how many.
+    """
+
+    def __init__(self, batch_size: int, batches: int, start: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        self.batch_size, self.batches, self.start = batch_size, batches, start
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(self.start, self.batches):
+            first = (batch * self.world_size + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))
+
+    def __len__(self) -> int:
+        return max(self.batches - self.start, 0)
+
+
+def pair_loader(
+    dataset: PairDataset,
+    batch_size: int,
+    batches: int,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """A loader whose ``batch_sampler.start`` may be set before it is first iterated, to resume."""
+    return DataLoader(
+        dataset,
+        batch_sampler=RankedBatches(batch_size, batches, 0, rank, world_size),
+        num_workers=workers,
+        persistent_workers=False,
+        prefetch_factor=2 if workers else None,
+        pin_memory=pin_memory,
+    )
+
+
+def hold_back(store: VolumeStore, patients: int, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Split volumes by patient: names to train on, names to measure on.
+
+    Scans with labels are held back first, since they measure more. At least two patients stay for training.
+    """
+    everyone = sorted({store.patient(name) for name in store.names})
+    labelled = {store.patient(name) for name in store.names if store.has_label(name)}
+    order = np.random.default_rng([seed, 7]).permutation(len(everyone))
+    ranked = sorted((everyone[i] for i in order), key=lambda patient: patient not in labelled)
+    held = set(ranked[: max(0, min(patients, len(everyone) - 2))])
+    train = [name for name in store.names if store.patient(name) not in held]
+    return train, [name for name in store.names if store.patient(name) in held]

@@ -1,0 +1,223 @@
+"""A list of scans from a folder or a datalist, and one scan read and checked."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+
+IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+_LABEL_NAME = re.compile(r"(^|[_\-. ])(labels?|seg|segmentation|mask)$|^label\d+$", re.IGNORECASE)
+_LABEL_FOLDER = re.compile(r"^(labels?|masks?|seg(mentation)?s?)(tr|ts|va)?$", re.IGNORECASE)
+_IMAGE_TAIL = re.compile(r"([_\-](ct|image|img|\d{4}))$", re.IGNORECASE)
+# TCGA patient barcodes (GDC's naming): several scans of one patient carry the same first three fields
+_TCGA = re.compile(r"TCGA-\w{2}-\w{4}", re.IGNORECASE)
+
+
+class ScanError(ValueError):
+    """A scan that cannot be used; the message names the file, the value and the way out."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One scan of a datalist."""
+
+    name: str  # unique in its list, fit for a file name
+    image: Path
+    patient: str
+    label: Path | None = None
+    extra: dict = field(default_factory=dict, compare=False)
+
+
+def list_scans(source: str | Path, patient_pattern: str | None = None) -> list[Scan]:
+    """Scans of a folder (searched recursively) or of a datalist JSON, in a fixed order.
+
+    A file is taken for a label, and paired with its image, if its name ends in ``_label``, ``_seg``, ``_mask``
+    or its folder is called ``labels``, ``labelsTr`` and the like. A datalist is MONAI's or the MSD's: a list of
+    ``{"image": ..., "label": ..., "patient": ...}`` (or paths), or an object with such lists under ``training``
+    or other keys; paths are relative to the JSON.
+
+    Args:
+        source: folder or JSON.
+        patient_pattern: regular expression found in an image's path; its first group (or the whole match)
+            is the patient. None takes TCGA barcodes where there are any, else one patient per scan.
+
+    Raises:
+        ScanError: for a missing, empty or unreadable source, or a file listed twice.
+    """
+    source = Path(source).expanduser()
+    if source.is_dir():
+        records = _folder_records(source)
+        if not records:
+            raise ScanError(f"{source}: no scan found ({', '.join(IMAGE_SUFFIXES)}). Point dataset_dir at your scans.")
+    elif source.is_file():
+        records = _datalist_records(source)
+        if not records:
+            raise ScanError(f"{source}: the datalist names no image.")
+    else:
+        raise ScanError(f"{source}: no such folder or datalist. Set dataset_dir to a folder of scans or a JSON.")
+    return _to_scans(source, records, patient_pattern)
+
+
+def _folder_records(folder: Path) -> list[dict]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name.lower().endswith(IMAGE_SUFFIXES))
+    labels = {_pair_key(p): p for p in files if _is_label(p)}
+    return [{"image": p, "label": labels.get(_pair_key(p))} for p in files if not _is_label(p)]
+
+
+def _is_label(path: Path) -> bool:
+    return bool(_LABEL_NAME.search(stem(path)) or _LABEL_FOLDER.match(path.parent.name))
+
+
+def _pair_key(path: Path) -> tuple[str, str]:
+    """What an image and its label share: the case's name, and the folder above ``images``/``labels``."""
+    name = re.sub(r"[_\-. ]?(labels?|seg|segmentation|mask)$", "", stem(path), flags=re.IGNORECASE)
+    name = re.sub(r"^(label|img|image)(?=\d)", "", name, flags=re.IGNORECASE)
+    name = _IMAGE_TAIL.sub("", name) if not _is_label(path) else name
+    sub = re.match(r"^(images?|labels?|masks?|segs?|segmentations?)(tr|ts|va)?$", path.parent.name, re.IGNORECASE)
+    folder = path.parent.parent if sub else path.parent
+    return str(folder), name.lower()
+
+
+def _datalist_records(path: Path) -> list[dict]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ScanError(f"{path}: no readable JSON ({error}). A datalist is a JSON list of images.") from error
+    groups = [content] if isinstance(content, list) else [v for v in content.values() if isinstance(v, list)]
+    records = []
+    for entry in (e for group in groups for e in group):
+        entry = {"image": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+            continue
+        record = dict(entry)
+        for key in ("image", "label"):
+            if isinstance(record.get(key), str):
+                record[key] = path.parent / record[key]
+        records.append(record)
+    return records
+
+
+def _to_scans(source: Path, records: Iterable[dict], pattern: str | None) -> list[Scan]:
+    try:
+        compiled = re.compile(pattern) if pattern else None
+    except re.error as error:
+        raise ScanError(f"patient_pattern {pattern!r} is no regular expression: {error}.") from error
+    scans: list[Scan] = []
+    seen: dict[Path, str] = {}
+    names: set[str] = set()
+    for record in records:
+        image = Path(record["image"])
+        if (real := image.resolve()) in seen:
+            raise ScanError(f"{image}: listed twice (also as {seen[real]}). Remove one from {source}.")
+        seen[real] = str(image)
+        relative = image.relative_to(source) if source.is_dir() else image
+        short = stem(image)
+        name = short if short not in names else re.sub(r"[^\w.\-]+", "_", str(relative.with_name(short)))
+        while name in names:
+            name += "_"
+        names.add(name)
+        patient = record.get("patient") or _patient_of(str(relative), short, compiled)
+        label = record.get("label")
+        extra = {k: v for k, v in record.items() if k not in ("image", "label", "patient")}
+        scans.append(Scan(name, image, str(patient), Path(label) if label else None, extra))
+    return scans
+
+
+def _patient_of(path: str, short: str, pattern: re.Pattern | None) -> str:
+    found = (pattern or _TCGA).search(path)
+    if found is None:
+        return short
+    return found.group(1) if found.groups() else found.group(0)
+
+
+def stem(path: Path) -> str:
+    """A scan's file name without its suffix, ``.nii.gz`` counted as one."""
+    for suffix in IMAGE_SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.stem
+
+
+def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels and affine of a scan, whatever is wrong with the file said in one line.
+
+    Args:
+        path: NIfTI through nibabel; NRRD and MetaImage through ITK.
+
+    Returns:
+        Array (X, Y, Z) as stored (scaled, if the header scales), and the voxel-to-world affine (4, 4) in RAS mm.
+
+    Raises:
+        ScanError: naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ScanError(f"{path}: no such file.")
+    if path.stat().st_size == 0:
+        raise ScanError(f"{path}: the file is empty (0 bytes). Copy it again.")
+    try:
+        if path.name.lower().endswith((".nii", ".nii.gz")):
+            image = nib.load(path)
+            volume, affine = np.asanyarray(image.dataobj), image.affine
+        else:
+            volume, affine = _read_itk(path)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ScanError(f"{path}: truncated or damaged ({error}). Copy it again.") from error
+    except (ImageFileError, OSError, ValueError, RuntimeError) as error:
+        raise ScanError(f"{path}: not a readable image ({str(error).splitlines()[0]}).") from error
+    if volume.dtype.fields is not None or volume.ndim != 3:
+        raise ScanError(f"{path}: has shape {volume.shape}; a 3D volume is wanted. Split it, or leave it out.")
+    if min(volume.shape) < 2:
+        raise ScanError(f"{path}: has shape {volume.shape}; a volume needs at least 2 slices along every axis.")
+    affine = np.asarray(affine, dtype=float)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ScanError(f"{path}: its affine cannot be inverted. Convert the scan again from its source.")
+    return volume, affine
+
+
+def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    import itk  # slow to import, and only needed for these formats
+
+    image = itk.imread(str(path))
+    array = itk.array_from_image(image).transpose()
+    affine = np.eye(4)
+    affine[:3, :3] = itk.array_from_matrix(image.GetDirection()) * np.array(image.GetSpacing())
+    affine[:3, 3] = np.array(image.GetOrigin())
+    return array, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # ITK speaks LPS
+
+
+def check_hu(path: Path, volume: np.ndarray) -> np.ndarray:
+    """CT values as int16 HU, clipped to [-1024, 3071].
+
+    Raises:
+        ScanError: for NaN or infinite voxels, an empty scan, or values that cannot be Hounsfield units.
+    """
+    if np.issubdtype(volume.dtype, np.floating):
+        bad = int(volume.size - np.isfinite(volume).sum())
+        if bad:
+            raise ScanError(f"{path}: {bad} voxels are NaN or infinite. Repair the scan or leave it out.")
+    low, high = float(volume.min()), float(volume.max())
+    if low == high:
+        raise ScanError(f"{path}: every voxel is {low:g}. The scan is empty.")
+    if high < -500:
+        raise ScanError(f"{path}: all air (largest value {high:g} HU). Leave it out.")
+    if low > -200:
+        raise ScanError(
+            f"{path}: values run from {low:g} to {high:g}, without air: these are no Hounsfield units "
+            "(MR, or CT without its intercept?). Convert it to HU or leave it out."
+        )
+    return np.clip(np.rint(volume), -1024, 3071).astype(np.int16)
+
+
+def patients_of(scans: Sequence[Scan]) -> list[str]:
+    """The patients, each once, in order."""
+    return sorted({scan.patient for scan in scans})

@@ -1,0 +1,49 @@
+"""Position tables: fixed sin-cos ones, and moving a table to another grid."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from monai.networks.blocks.pos_embed_utils import build_sincos_position_embedding
+from torch import Tensor
+
+
+@functools.lru_cache(maxsize=32)
+def sincos_positions(grid: tuple[int, int, int], width: int) -> Tensor:
+    """MONAI's fixed sin-cos table (1, N, width) for a grid; ``width`` must be divisible by 6."""
+    if width % 6:
+        raise ValueError(f"Sin-cos positions in 3D need a width divisible by 6, got {width}.")
+    # MONAI lays its table out in (z, y, x) order of "meshgrid(indexing='ij')" over x, y, z: as tokens are
+    return build_sincos_position_embedding(list(grid), width, 3).detach()
+
+
+def resize_positions(table: Tensor, grid: Sequence[int], new_grid: Sequence[int]) -> Tensor:
+    """Interpolate a position table to another token grid, trilinearly, edges aligned.
+
+    Args:
+        table: (1, N, C), tokens in grid order.
+        grid: the table's grid, ``N = prod(grid)``.
+        new_grid: the grid wanted.
+
+    Returns:
+        (1, N', C) with ``N' = prod(new_grid)``; the table itself if the grids are equal.
+
+    Raises:
+        ValueError: if the table does not have ``prod(grid)`` entries.
+    """
+    if table.shape[1] != math.prod(grid):
+        raise ValueError(f"Position table has {table.shape[1]} entries, its grid {tuple(grid)} asks for {math.prod(grid)}.")
+    if tuple(grid) == tuple(new_grid):
+        return table
+    volume = table.transpose(1, 2).reshape(1, table.shape[2], *grid)
+    volume = F.interpolate(volume.float(), size=tuple(new_grid), mode="trilinear", align_corners=False)
+    return volume.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+def positions_at(positions: Tensor, index: Tensor) -> Tensor:
+    """Rows of a (1, N, C) table for tokens ``index`` (B, N_visible) -> (B, N_visible, C)."""
+    return torch.index_select(positions[0], 0, index.flatten()).view(*index.shape, -1)

@@ -1,0 +1,280 @@
+"""What a frozen encoder knows: the same region found in another patient, and organs read off single tokens."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Features = Callable[[Tensor], Tensor]  # crops (B, 1, X, Y, Z) in [0, 1] -> tokens (B, N, C) in grid order
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # ours; relative to the features' mean variance
+
+
+class Volumes(Protocol):
+    """What a probe asks of a collection of scans (a ``VolumeStore`` answers it)."""
+
+    def affine(self, name: str) -> np.ndarray: ...
+    def shape(self, name: str) -> tuple[int, int, int]: ...
+    def body_box_mm(self, name: str) -> np.ndarray: ...
+    def body_voxels(self, name: str) -> np.ndarray: ...
+    def patient(self, name: str) -> str: ...
+    def has_label(self, name: str) -> bool: ...
+    def read_crop(self, name: str, start: Sequence[int], size: Sequence[int], fill: int = -1024) -> np.ndarray: ...
+    def read_label_crop(self, name: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray: ...
+
+
+class Retrieval(NamedTuple):
+    """How often the same region of another patient is the nearest one."""
+
+    accuracy: float
+    chance: float
+    regions: int
+    by: str  # how the regions were placed: "labels" or "body"
+
+
+class LinearProbe(NamedTuple):
+    """How well a ridge regression reads organ shares off frozen tokens."""
+
+    correlation: float  # mean over organs of Pearson's r between true and predicted share per token
+    by_organ: dict[int, float]
+
+
+def region_points(
+    store: Volumes, names: Sequence[str], counts: Sequence[int] = (2, 2, 3)
+) -> tuple[dict[str, np.ndarray], str]:
+    """A lattice of regions at the same anatomy of every scan.
+
+    Around the mean centroid of the organs that all scans have labelled, if there are such; else around the
+    centre of the body's box. The lattice spans half of the median body's extent (ours).
+
+    Returns:
+        For every name the points (R, 3) in RAS mm, and ``labels`` or ``body``.
+    """
+    boxes = {name: store.body_box_mm(name) for name in names}
+    millimetres = {name: np.linalg.norm(store.affine(name)[:3, :3], axis=0) for name in names}
+    extent = np.median([(boxes[n][1] - boxes[n][0]) * millimetres[n] for n in names], axis=0)
+    extent[2] = min(extent[2], extent[0])  # a long scan does not spread the regions over the whole body
+    axes = [((np.arange(c) - (c - 1) / 2) / max(c - 1, 1)) * e / 2 for c, e in zip(counts, extent, strict=True)]
+    lattice = np.array(list(itertools.product(*axes)))  # (R, 3) mm
+
+    anchors = _label_anchors(store, names)
+    by = "labels" if anchors else "body"
+    if not anchors:
+        anchors = {n: _to_world(store.affine(n), boxes[n].mean(axis=0)) for n in names}
+    return {n: anchors[n] + lattice for n in names}, by
+
+
+def _label_anchors(store: Volumes, names: Sequence[str]) -> dict[str, np.ndarray]:
+    if not all(store.has_label(name) for name in names):
+        return {}
+    centroids = {}
+    for name in names:
+        label = store.read_label_crop(name, (0, 0, 0), store.shape(name))
+        centroids[name] = {
+            int(v): _to_world(store.affine(name), np.argwhere(label == v).mean(axis=0)) for v in np.unique(label) if v
+        }
+    common = set.intersection(*(set(c) for c in centroids.values()))
+    return {n: np.mean([c[v] for v in sorted(common)], axis=0) for n, c in centroids.items()} if common else {}
+
+
+def region_retrieval(
+    features: Features,
+    store: Volumes,
+    points: dict[str, np.ndarray],
+    crop_size: Sequence[int],
+    window_hu: Sequence[float],
+    by: str = "body",
+    device: torch.device | str = "cpu",
+) -> Retrieval:
+    """Share of (region, patient, other patient) for which the other patient's nearest region is the same one.
+
+    A region is the mean token of the crop around its point; features are centred over all scans and regions
+    and compared by cosine. The meter to trust while training (spec 1.9): it tells a collapsed encoder from one
+    whose embedding merely has a small spread.
+
+    Args:
+        features: of a batch of crops.
+        points: for every scan the same R regions, (R, 3) mm.
+        crop_size, window_hu: as in training.
+    """
+    names = list(points)
+    regions = len(next(iter(points.values())))
+    vectors = []
+    for name in names:
+        voxels = np.rint(_to_voxels(store.affine(name), points[name])).astype(int)
+        crops = [_crop(store, name, voxel - np.array(crop_size) // 2, crop_size, window_hu) for voxel in voxels]
+        vectors.append(features(torch.stack(crops).to(device)).mean(dim=1).float().cpu())
+    stacked = torch.stack(vectors)  # (scans, R, C)
+    centred = torch.nn.functional.normalize(stacked - stacked.mean(dim=(0, 1)), dim=-1)
+    hits, tries = 0, 0
+    for a, b in itertools.permutations(range(len(names)), 2):
+        if store.patient(names[a]) == store.patient(names[b]):
+            continue
+        nearest = (centred[a] @ centred[b].T).argmax(dim=1)
+        hits += int((nearest == torch.arange(regions)).sum())
+        tries += regions
+    return Retrieval(hits / max(tries, 1), 1 / regions, regions, by)
+
+
+def token_table(
+    features: Features,
+    store: Volumes,
+    names: Sequence[str],
+    crop_size: Sequence[int],
+    window_hu: Sequence[float],
+    patch: Sequence[int],
+    crops_per_scan: int = 8,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frozen tokens and the share of every label in each: (n, C) and (n, 256).
+
+    Crops are drawn around labelled voxels, half of them jittered by a quarter of the crop.
+    """
+    rng = np.random.default_rng([seed, 11])
+    rows, shares = [], []
+    size = np.array(crop_size)
+    for name in names:
+        labelled = np.argwhere(store.read_label_crop(name, (0, 0, 0), store.shape(name)) > 0)
+        if not len(labelled):
+            continue
+        centres = labelled[rng.integers(len(labelled), size=crops_per_scan)]
+        starts = centres + rng.integers(-(size // 4), size // 4 + 1, size=(crops_per_scan, 3)) - size // 2
+        crops = torch.stack([_crop(store, name, start, crop_size, window_hu) for start in starts])
+        rows.append(features(crops.to(device)).flatten(0, 1).float().cpu().numpy())
+        for start in starts:
+            shares.append(_label_shares(store.read_label_crop(name, start, crop_size), patch))
+    if not rows:
+        raise ValueError(f"None of the scans {', '.join(names)} has a labelled voxel.")
+    return np.concatenate(rows), np.concatenate(shares)
+
+
+def linear_probe(fit: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], organs: Sequence[int]) -> LinearProbe:
+    """Ridge regression of organ shares from tokens, fitted on some patients and scored on others.
+
+    Args:
+        fit, test: tables of :func:`token_table`, of different patients.
+        organs: labels to score; those that never occur in both are left out.
+
+    Returns:
+        Pearson's r by organ and its mean; the ridge is chosen on the last third of ``fit``.
+    """
+    used = [o for o in organs if fit[1][:, o].std() > 0 and test[1][:, o].std() > 0]
+    if not used:
+        raise ValueError(f"None of the labels {list(organs)} occurs in both the fitting and the test scans.")
+    cut = 2 * len(fit[0]) // 3
+    scores = [
+        np.mean(_correlations(_ridge((fit[0][:cut], fit[1][:cut]), fit[0][cut:], used, ridge), fit[1][cut:][:, used]))
+        for ridge in RIDGES
+    ]
+    predicted = _ridge(fit, test[0], used, RIDGES[int(np.argmax(scores))])
+    by_organ = dict(zip(used, _correlations(predicted, test[1][:, used]), strict=True))
+    return LinearProbe(float(np.mean(list(by_organ.values()))), by_organ)
+
+
+def _ridge(fit: tuple[np.ndarray, np.ndarray], rows: np.ndarray, organs: Sequence[int], ridge: float) -> np.ndarray:
+    x, y = fit[0].astype(np.float64), fit[1][:, organs].astype(np.float64)
+    mean, spread = x.mean(axis=0), x.std(axis=0) + 1e-8
+    x = (x - mean) / spread
+    gram = x.T @ x + ridge * len(x) * np.eye(x.shape[1])
+    weights = np.linalg.solve(gram, x.T @ (y - y.mean(axis=0)))
+    return (rows - mean) / spread @ weights + y.mean(axis=0)
+
+
+def _correlations(predicted: np.ndarray, true: np.ndarray) -> list[float]:
+    p, t = predicted - predicted.mean(axis=0), true - true.mean(axis=0)
+    norm = np.sqrt((p**2).sum(axis=0) * (t**2).sum(axis=0))
+    return [float(v) for v in np.where(norm > 0, (p * t).sum(axis=0) / np.maximum(norm, 1e-12), 0.0)]
+
+
+def _label_shares(label: np.ndarray, patch: Sequence[int]) -> np.ndarray:
+    """(X, Y, Z) labels -> (N, 256) share of each label in every token's patch, grid order."""
+    px, py, pz = patch
+    gx, gy, gz = (n // p for n, p in zip(label.shape, patch, strict=True))
+    tokens = label.reshape(gx, px, gy, py, gz, pz).transpose(0, 2, 4, 1, 3, 5).reshape(gx * gy * gz, -1)
+    shares = np.zeros((len(tokens), 256), dtype=np.float32)
+    for value in np.unique(tokens):
+        shares[:, value] = (tokens == value).mean(axis=1)
+    return shares
+
+
+def _crop(store: Volumes, name: str, start: np.ndarray, size: Sequence[int], window_hu: Sequence[float]) -> Tensor:
+    low, high = window_hu
+    crop = store.read_crop(name, [int(s) for s in start], size, fill=int(max(low, -1024)))
+    return torch.from_numpy(np.clip((crop.astype(np.float32) - low) / (high - low), 0, 1))[None]
+
+
+def _to_world(affine: np.ndarray, voxels: np.ndarray) -> np.ndarray:
+    return voxels @ affine[:3, :3].T + affine[:3, 3]
+
+
+def _to_voxels(affine: np.ndarray, points_mm: np.ndarray) -> np.ndarray:
+    return np.linalg.solve(affine[:3, :3], (points_mm - affine[:3, 3]).T).T
+
+
+class EncoderProbe:
+    """Region retrieval, and with labels a linear probe, on a fixed set of held-back scans.
+
+    Args:
+        store: where the scans are read.
+        names: held-back scans of at least two patients.
+        crop_size, window_hu: as in training.
+        device: where the encoder runs.
+        fit_names: scans the linear probe is fitted on; None fits on every second labelled patient of ``names``
+            and scores on the others.
+        crops_per_scan: for the linear probe.
+    """
+
+    def __init__(
+        self,
+        store: Volumes,
+        names: Sequence[str],
+        crop_size: Sequence[int],
+        window_hu: Sequence[float],
+        device: torch.device | str = "cpu",
+        fit_names: Sequence[str] | None = None,
+        crops_per_scan: int = 8,
+    ) -> None:
+        self.store, self.names, self.crop_size, self.window_hu = store, list(names), crop_size, window_hu
+        self.device, self.crops_per_scan = device, crops_per_scan
+        self.points, self.by = region_points(store, self.names)
+        labelled = [n for n in self.names if store.has_label(n)]
+        patients = sorted({store.patient(n) for n in labelled})
+        if fit_names is None:
+            fit_names = [n for n in labelled if store.patient(n) in patients[::2]]
+            labelled = [n for n in labelled if store.patient(n) in patients[1::2]]
+        self.fit_names, self.test_names = list(fit_names), labelled
+
+    @torch.no_grad()
+    def __call__(self, encoder: Callable) -> dict[str, float]:
+        """``retrieval``, its ``chance``, and ``linear`` (mean r) for an encoder whose output has ``.tokens``."""
+
+        def features(crops: Tensor) -> Tensor:
+            return encoder(crops).tokens
+
+        found = region_retrieval(features, self.store, self.points, self.crop_size, self.window_hu, self.by, self.device)
+        values = {"retrieval": found.accuracy, "chance": found.chance}
+        if self.fit_names and self.test_names:
+            patch = encoder.patch  # type: ignore[attr-defined]
+            tables = [
+                token_table(
+                    features, self.store, names, self.crop_size, self.window_hu, patch, self.crops_per_scan, 0, self.device
+                )
+                for names in (self.fit_names, self.test_names)
+            ]
+            both = (tables[0][1].max(axis=0) > 0) & (tables[1][1].max(axis=0) > 0)
+            organs = [int(o) for o in np.flatnonzero(both) if o]
+            if organs:
+                values["linear"] = linear_probe(tables[0], tables[1], organs).correlation
+        return values
+
+
+def encoder_probe(store: Volumes, names: Sequence[str], **options: object) -> EncoderProbe | None:
+    """A probe on the held-back scans, or None if they are of fewer than two patients."""
+    if len({store.patient(name) for name in names}) < 2:
+        return None
+    return EncoderProbe(store, names, **options)  # type: ignore[arg-type]

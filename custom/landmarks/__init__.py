@@ -1,0 +1,1 @@
+"""The same anatomical point in another patient's scan."""

@@ -1,0 +1,131 @@
+"""Before a run: is every override a key that exists? And: errors of ours said in one line."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import logging
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+logger = logging.getLogger(__name__)
+
+# what `python -m monai.bundle run` takes itself, and what --tracking adds (monai.bundle.run)
+RUN_OPTIONS = {"run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file"}
+TRACKING_OPTIONS = {"tracking_uri", "experiment_name", "run_name", "save_execute_config", "output_dir"}
+_WRITTEN_BY_MONAI = {"_meta_"}
+
+
+class ConfigKeyError(ValueError):
+    """An override that names no key of the config."""
+
+
+def preflight(arguments: Sequence[str]) -> None:
+    """Check a bundle run's command line, and make our own errors readable from here on.
+
+    MONAI takes any override in silence, so a misspelt one would simply not act.
+
+    Args:
+        arguments: ``sys.argv`` of ``python -m monai.bundle run``; of another program, nothing is checked.
+
+    Raises:
+        ConfigKeyError: naming the key, where it stands, and the key that was probably meant.
+    """
+    speak_plainly()
+    options = command_line(arguments)
+    if "config_file" not in options:
+        return
+    files = _as_list(options["config_file"])
+    complete = ConfigParser.load_config_file(files[0])
+    for file in files[1:]:
+        check_keys(complete, ConfigParser.load_config_file(file), file)
+    allowed = RUN_OPTIONS | (TRACKING_OPTIONS if "tracking" in options else set())
+    check_keys(complete, {k: v for k, v in options.items() if k not in allowed}, "the command line")
+
+
+def command_line(arguments: Sequence[str]) -> dict[str, str]:
+    """``--key value`` and ``--key=value`` of a command line."""
+    options: dict[str, str] = {}
+    words = list(arguments)
+    for i, word in enumerate(words):
+        if not word.startswith("--"):
+            continue
+        key, equals, value = word[2:].partition("=")
+        follows = words[i + 1] if i + 1 < len(words) and not words[i + 1].startswith("--") else ""
+        options[key] = value if equals else follows
+    return options
+
+
+def check_keys(complete: dict[str, Any], overrides: dict[str, Any], origin: str) -> None:
+    """Every override must name a key of the complete config, or an argument of an object in it.
+
+    Raises:
+        ConfigKeyError: naming the first that does not.
+    """
+    for key in overrides:
+        if key in _WRITTEN_BY_MONAI:
+            continue
+        parts = [p for p in key.lstrip("+").replace("#", "::").split("::") if p]
+        node: Any = complete
+        for depth, part in enumerate(parts):
+            if isinstance(node, list) and part.lstrip("-").isdigit() and -len(node) <= int(part) < len(node):
+                node = node[int(part)]
+            elif isinstance(node, dict) and part in node:
+                node = node[part]
+            elif isinstance(node, dict) and "_target_" in node and depth == len(parts) - 1:
+                break  # a new argument of an object: its constructor answers for it
+            else:
+                raise ConfigKeyError(_unknown(key, part, node, origin))
+
+
+def _unknown(key: str, part: str, node: Any, origin: str) -> str:
+    known = list(node) if isinstance(node, dict) else [str(i) for i in range(len(node))] if isinstance(node, list) else []
+    meant = difflib.get_close_matches(part, known, n=1)
+    hint = f"Did you mean {meant[0]!r}?" if meant else f"Known here: {', '.join(sorted(known)) or 'nothing'}."
+    return f"{origin}: {key!r} is no setting of this config. {hint}"
+
+
+def _as_list(value: str) -> list[str]:
+    try:
+        parsed = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return [value]
+    return [str(v) for v in parsed] if isinstance(parsed, (list, tuple)) else [str(parsed)]
+
+
+def speak_plainly() -> None:
+    """From here on an uncaught error that this package raised ends the program with one line, no traceback."""
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        message = plain_message(error)
+        if message is None:
+            previous(kind, error, trace)
+        else:
+            print(f"alice: {message}", file=sys.stderr)
+
+    if getattr(previous, "__module__", None) != __name__:
+        sys.excepthook = hook
+
+
+def plain_message(error: BaseException) -> str | None:
+    """The message of the error that started a chain, if this package raised it on purpose; else None."""
+    for link in _chain(error):
+        frames = traceback.extract_tb(link.__traceback__)
+        ours = bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+        if ours and isinstance(link, (ValueError, RuntimeError)):
+            return str(link)
+    return None
+
+
+def _chain(error: BaseException) -> Iterable[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__

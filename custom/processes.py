@@ -1,0 +1,55 @@
+"""Talk between the processes of one run; the identity when there is only one."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _many() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """This process's number, 0 when alone."""
+    return dist.get_rank() if _many() else 0
+
+
+def world_size() -> int:
+    """How many processes share the run, 1 when alone."""
+    return dist.get_world_size() if _many() else 1
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The average of a tensor over all processes, without gradient."""
+    value = value.detach().clone()
+    if _many():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """True on every process if the flag is set on one of them."""
+    if not _many():
+        return flag
+    votes = torch.tensor(float(flag), device=device)
+    dist.all_reduce(votes)
+    return bool(votes > 0)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows (B, ...) of all processes in order of rank, (W * B, ...), without gradient."""
+    rows = rows.detach().contiguous()
+    if not _many():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows)
+    return torch.cat(parts)
+
+
+def wait_for_all() -> None:
+    """A barrier."""
+    if _many():
+        dist.barrier()
