@@ -17,7 +17,16 @@ from monai.bundle import ConfigParser
 logger = logging.getLogger(__name__)
 
 # what `python -m monai.bundle run` takes itself, and what --tracking adds (monai.bundle.run)
-RUN_OPTIONS = {"run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file"}
+RUN_OPTIONS = {
+    "run_id",
+    "init_id",
+    "final_id",
+    "meta_file",
+    "config_file",
+    "logging_file",
+    "tracking",
+    "args_file",
+}
 TRACKING_OPTIONS = {"tracking_uri", "experiment_name", "run_name", "save_execute_config", "output_dir"}
 _WRITTEN_BY_MONAI = {"_meta_"}
 
@@ -85,7 +94,13 @@ def check_keys(complete: dict[str, Any], overrides: dict[str, Any], origin: str)
 
 
 def _unknown(key: str, part: str, node: Any, origin: str) -> str:
-    known = list(node) if isinstance(node, dict) else [str(i) for i in range(len(node))] if isinstance(node, list) else []
+    known = (
+        list(node)
+        if isinstance(node, dict)
+        else [str(i) for i in range(len(node))]
+        if isinstance(node, list)
+        else []
+    )
     meant = difflib.get_close_matches(part, known, n=1)
     hint = f"Did you mean {meant[0]!r}?" if meant else f"Known here: {', '.join(sorted(known)) or 'nothing'}."
     return f"{origin}: {key!r} is no setting of this config. {hint}"

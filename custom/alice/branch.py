@@ -39,7 +39,9 @@ class StudentOutput(NamedTuple):
 class TeacherBranch(nn.Module):
     """Target encoder and head psi, an exponential moving average of the student's (Alice, Sec. 3.1)."""
 
-    def __init__(self, encoder: TokenEncoder, head: ProjectionHead, decoder: Decoder | None, casa: nn.Module | None):
+    def __init__(
+        self, encoder: TokenEncoder, head: ProjectionHead, decoder: Decoder | None, casa: nn.Module | None
+    ):
         super().__init__()
         self.encoder, self.head, self.decoder, self.casa = encoder, head, decoder, casa
         self.requires_grad_(False)
@@ -69,6 +71,9 @@ class StudentBranch(nn.Module):
         casa_teacher: ``shared`` (the paper: T by the very same weights) or ``ema`` (ours: T by an EMA copy).
         pooled_from: ``decoder`` (GAP of H; Alice, Eq. 2) or ``encoder`` (GAP of phi(V); the authors' code).
         teacher_has_decoder: let Y be the target *decoder's* tokens, as the authors' code does.
+
+    Attributes:
+        settings: these arguments but the encoder, so that a checkpoint can be built again.
     """
 
     def __init__(
@@ -87,11 +92,14 @@ class StudentBranch(nn.Module):
         teacher_has_decoder: bool = False,
     ) -> None:
         super().__init__()
+        self.settings = {k: v for k, v in locals().items() if k not in ("self", "encoder", "__class__")}
         _choose("alignment", alignment, ALIGNMENTS)
         _choose("casa_teacher", casa_teacher, ("shared", "ema"))
         _choose("pooled_from", pooled_from, ("decoder", "encoder"))
         self.encoder = encoder
-        self.decoder = Decoder(encoder.width, math.prod(encoder.patch), decoder_width, decoder_depth, decoder_heads)
+        self.decoder = Decoder(
+            encoder.width, math.prod(encoder.patch), decoder_width, decoder_depth, decoder_heads
+        )
         self.head = ProjectionHead(encoder.width, head_width, bottleneck, prototypes)
         width = self.head.out_width
         self.casa: CASA | OfficialCASA | None = None
@@ -100,7 +108,9 @@ class StudentBranch(nn.Module):
         elif alignment == "casa_official":
             self.casa = OfficialCASA(width)
         self.predict_pooled: nn.Module = Predictor(width) if predictor else nn.Identity()
-        self.predict_tokens: nn.Module = Predictor(width) if predictor and alignment != "none" else nn.Identity()
+        self.predict_tokens: nn.Module = (
+            Predictor(width) if predictor and alignment != "none" else nn.Identity()
+        )
         self.alignment, self.casa_teacher, self.pooled_from = alignment, casa_teacher, pooled_from
         self.teacher_has_decoder = teacher_has_decoder
 

@@ -58,11 +58,17 @@ class OfficialCASA(nn.Module):
     that the authors define and never use are left out.
     """
 
-    def __init__(self, width: int = 512, num_heads: int = 8, mlp_width: int = 2048, dropout: float = 0.1) -> None:
+    def __init__(
+        self, width: int = 512, num_heads: int = 8, mlp_width: int = 2048, dropout: float = 0.1
+    ) -> None:
         super().__init__()
-        self.attention_block = nn.MultiheadAttention(width, num_heads, dropout=dropout, bias=False, batch_first=True)
+        self.attention_block = nn.MultiheadAttention(
+            width, num_heads, dropout=dropout, bias=False, batch_first=True
+        )
         self.norm_attention = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp_width), nn.ReLU(), nn.Linear(mlp_width, width), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, mlp_width), nn.ReLU(), nn.Linear(mlp_width, width), nn.Dropout(dropout)
+        )
         self.dropout = nn.Dropout(dropout)
         self.norm_mlp = nn.LayerNorm(width, eps=1e-6)
         self.out_width = width

@@ -47,7 +47,9 @@ def save_checkpoint(folder: Path, iteration: int, content: dict[str, Any], keep:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise CheckpointError(f"{path}: cannot be written ({error}). Make room; older checkpoints are untouched.") from error
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}). Make room; older checkpoints are untouched."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     for old in list(checkpoints_of(folder))[: -max(keep, 1)]:
@@ -57,7 +59,11 @@ def save_checkpoint(folder: Path, iteration: int, content: dict[str, Any], keep:
 
 def checkpoints_of(folder: Path) -> Iterator[Path]:
     """A run's checkpoints, oldest first."""
-    found = [(int(match.group(1)), path) for path in folder.glob("iteration_*.pt") if (match := _NAME.match(path.name))]
+    found = [
+        (int(match.group(1)), path)
+        for path in folder.glob("iteration_*.pt")
+        if (match := _NAME.match(path.name))
+    ]
     yield from (path for _, path in sorted(found))
 
 
@@ -72,7 +78,9 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged ({str(error).splitlines()[0]}). Delete it to go on from the one before.") from error
+        raise CheckpointError(
+            f"{path}: damaged ({str(error).splitlines()[0]}). Delete it to go on from the one before."
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: no checkpoint of a pre-training run (format {FORMAT!r} is missing).")
     return content

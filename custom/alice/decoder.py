@@ -21,7 +21,9 @@ class Decoder(nn.Module):
         num_heads: attention heads (ours: 6).
     """
 
-    def __init__(self, in_width: int, patch_voxels: int, width: int = 384, depth: int = 4, num_heads: int = 6) -> None:
+    def __init__(
+        self, in_width: int, patch_voxels: int, width: int = 384, depth: int = 4, num_heads: int = 6
+    ) -> None:
         super().__init__()
         self.width = width
         self.embed = nn.Linear(in_width, width)
@@ -35,7 +37,9 @@ class Decoder(nn.Module):
                 parameter.requires_grad_(False)
         self.norm = nn.LayerNorm(width)
         self.pixels = nn.Linear(width, patch_voxels)
-        self.features = nn.Linear(width, in_width)  # back to the encoder's width, so that phi and psi are alike
+        self.features = nn.Linear(
+            width, in_width
+        )  # back to the encoder's width, so that phi and psi are alike
 
     def forward(self, visible: Tensor, grid: tuple[int, int, int], hidden: Tensor | None) -> Tensor:
         """Decode all tokens of a crop.

@@ -36,7 +36,7 @@ class ProjectionHead(nn.Module):
         self.prototypes: nn.Module | None = None
         if prototypes is not None:
             self.prototypes = weight_norm(nn.Linear(bottleneck, prototypes, bias=False))
-            lengths = self.prototypes.parametrizations.weight.original0
+            lengths = self.prototypes.get_parameter("parametrizations.weight.original0")
             nn.init.ones_(lengths)
             lengths.requires_grad_(False)  # the authors' code fixes every row's length to 1
         self.out_width = prototypes or bottleneck
@@ -53,7 +53,9 @@ class Predictor(nn.Sequential):
     def __init__(self, width: int, hidden_width: int = 1024) -> None:
         super().__init__(
             nn.Linear(width, hidden_width),
-            nn.LayerNorm(hidden_width),  # ours: BYOL's batch norm would tie the ranks of a multi-GPU run together
+            nn.LayerNorm(
+                hidden_width
+            ),  # ours: BYOL's batch norm would tie the ranks of a multi-GPU run together
             nn.GELU(),
             nn.Linear(hidden_width, width),
         )

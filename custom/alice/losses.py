@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom.alice.branch import StudentOutput
-from custom.processes import gather_rows, mean_over_processes, rank
 from custom.encoders.masking import refine_mask
+from custom.processes import gather_rows, mean_over_processes, rank
 
 SIMILARITIES = ("cosine", "dino", "infonce")
 RECONSTRUCTIONS = ("masked", "whole")
@@ -66,7 +66,8 @@ class AliceLoss(nn.Module):
     Args:
         patch: voxels per token along x, y, z.
         similarity: ``cosine`` (the paper), ``dino`` (centred cross entropy; the authors' code),
-            ``infonce`` (against the other samples of the batch; ours).
+            ``infonce`` (pooled vectors against the other samples of the batch, tokens against the other
+            tokens of their crop; ours).
         weight_r, weight_dv, weight_st: factors of the terms; the paper adds them with 1, 1, 1.
         reconstruction: ``masked`` (hidden patches, normalised; the paper) or ``whole`` (all voxels, raw
             intensities; the authors' code).
@@ -100,7 +101,9 @@ class AliceLoss(nn.Module):
         if similarity not in SIMILARITIES:
             raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}; got {similarity!r}.")
         if reconstruction not in RECONSTRUCTIONS:
-            raise ValueError(f"reconstruction must be one of {', '.join(RECONSTRUCTIONS)}; got {reconstruction!r}.")
+            raise ValueError(
+                f"reconstruction must be one of {', '.join(RECONSTRUCTIONS)}; got {reconstruction!r}."
+            )
         for name, weight in (("weight_r", weight_r), ("weight_dv", weight_dv), ("weight_st", weight_st)):
             if not weight >= 0 or math.isinf(weight):
                 raise ValueError(f"{name} must be 0 or more, got {weight}.")
@@ -113,7 +116,12 @@ class AliceLoss(nn.Module):
         self.register_buffer("centre_tokens", torch.zeros(width))
 
     def forward(
-        self, output: StudentOutput, crop: Tensor, hidden: Tensor, step: int = 0, similarity_scale: float = 1.0
+        self,
+        output: StudentOutput,
+        crop: Tensor,
+        hidden: Tensor,
+        step: int = 0,
+        similarity_scale: float = 1.0,
     ) -> dict[str, Tensor]:
         """Every term and their weighted sum.
 
@@ -140,13 +148,15 @@ class AliceLoss(nn.Module):
             terms["l_st"] = torch.zeros_like(terms["l_r"])
         else:
             tokens, aligned = output.student_tokens.float(), output.teacher_tokens.detach().float()
-            terms["l_st"] = 2 * self._similarity(tokens, aligned, self.centre_tokens, temperature, pooled_view=False)
+            terms["l_st"] = 2 * self._similarity(
+                tokens, aligned, self.centre_tokens, temperature, pooled_view=False
+            )
         if self.training and self.similarity == "dino":
             self._move_centre(self.centre_pooled, target)
             if output.teacher_tokens is not None:
                 self._move_centre(self.centre_tokens, output.teacher_tokens)
         scale = {"l_r": 1.0, "l_dv": similarity_scale, "l_st": similarity_scale}
-        total = sum(self.weights[name] * scale[name] * term for name, term in terms.items())
+        total = torch.stack([self.weights[name] * scale[name] * term for name, term in terms.items()]).sum()
         return terms | {"total": total}
 
     def reconstruction_loss(self, pixels: Tensor, crop: Tensor, hidden: Tensor) -> Tensor:
@@ -162,7 +172,9 @@ class AliceLoss(nn.Module):
         error = (pixels - normalise_patches(patches)).square().mean(dim=-1)
         return masked_mean(error, chosen)
 
-    def _similarity(self, student: Tensor, teacher: Tensor, centre: Tensor, temperature: float, pooled_view: bool) -> Tensor:
+    def _similarity(
+        self, student: Tensor, teacher: Tensor, centre: Tensor, temperature: float, pooled_view: bool
+    ) -> Tensor:
         if self.similarity == "cosine":
             return cosine_distance(student, teacher).mean()
         if self.similarity == "dino":
@@ -174,10 +186,16 @@ class AliceLoss(nn.Module):
             half = len(student) // 2
             sides = zip(student.split(half), teacher.split(half), strict=True)
             return torch.stack([self._contrast(s, t) for s, t in sides]).mean()
-        return self._contrast(student.flatten(0, 1), teacher.flatten(0, 1))
+        # a token is told apart from the other tokens of its own crop: against other crops, knowing the patient
+        # would be enough, which is what cross-patient features must not encode
+        logits = (
+            F.normalize(student, dim=-1) @ F.normalize(teacher, dim=-1).transpose(1, 2) / self.temperature
+        )
+        right = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+        return F.cross_entropy(logits.flatten(0, 1), right.flatten())
 
     def _contrast(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """InfoNCE of rows (n, D) against the teacher's rows of all processes."""
+        """InfoNCE of pooled rows (n, D) against the teacher's rows of all processes."""
         keys = F.normalize(gather_rows(teacher), dim=-1)
         logits = F.normalize(student, dim=-1) @ keys.T / self.temperature
         right = torch.arange(len(student), device=student.device) + rank() * len(student)

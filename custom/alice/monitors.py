@@ -137,5 +137,7 @@ class ProbeHandler:
             values = self.probe(encoder)
             encoder.train(training)
             engine.state.metrics.update({f"probe/{name}": value for name, value in values.items()})
-            logger.info("Step %d: %s", engine.state.iteration, ", ".join(f"{k} {v:.3f}" for k, v in values.items()))
+            logger.info(
+                "Step %d: %s", engine.state.iteration, ", ".join(f"{k} {v:.3f}" for k, v in values.items())
+            )
         wait_for_all()

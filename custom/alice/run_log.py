@@ -109,7 +109,13 @@ class Progress:
             engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
 
     def _start(self, engine: Any) -> None:
-        self._bar = tqdm(total=engine.schedule.steps, initial=engine.state.iteration, desc="pre-train", unit="step", mininterval=1.0)
+        self._bar = tqdm(
+            total=engine.schedule.steps,
+            initial=engine.state.iteration,
+            desc="pre-train",
+            unit="step",
+            mininterval=1.0,
+        )
 
     def _step(self, engine: Any) -> None:
         assert self._bar is not None

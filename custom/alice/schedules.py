@@ -40,11 +40,14 @@ def scaled_rate(rate: float, pairs: int, reference_pairs: int = 64) -> float:
 def decay_groups(modules: nn.Module | Iterable[nn.Module], weight_decay: float) -> list[dict]:
     """Parameter groups for AdamW: matrices decay; norms, biases, positions and single tokens do not."""
     modules = [modules] if isinstance(modules, nn.Module) else list(modules)
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            plain = parameter.ndim >= 2 and not any(part in name for part in ("position", "pos_embed", "mask_token"))
+            plain = parameter.ndim >= 2 and not any(
+                part in name for part in ("position", "pos_embed", "mask_token")
+            )
             (decayed if plain else spared).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]

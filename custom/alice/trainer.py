@@ -20,8 +20,8 @@ from custom.alice.branch import StudentBranch, StudentOutput, TeacherBranch
 from custom.alice.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from custom.alice.ema import EMA
 from custom.alice.losses import AliceLoss
-from custom.processes import mean_over_processes, rank, wait_for_all, world_size
 from custom.alice.schedules import cosine_ramp, linear_ramp, warmup_cosine
+from custom.processes import mean_over_processes, rank, wait_for_all, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,9 @@ class Schedule:
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
         if not 0 <= self.warmup <= self.steps:
-            raise ValueError(f"warmup must be between 0 and the run's {self.steps} iterations, got {self.warmup}.")
+            raise ValueError(
+                f"warmup must be between 0 and the run's {self.steps} iterations, got {self.warmup}."
+            )
 
     def rate(self, step: int) -> float:
         """The learning rate at a step."""
@@ -147,15 +149,23 @@ class AliceTrainer(Trainer):
             handlers=list(train_handlers or []),
             decollate=False,
         )
-        if accumulate < 1 or loader.batch_sampler.batch_size % accumulate:
+        sampler: Any = loader.batch_sampler
+        self.sampler = sampler
+        if accumulate < 1 or sampler.batch_size % accumulate:
             raise ValueError(
-                f"accumulate = {accumulate} must divide the batch of {loader.batch_sampler.batch_size} pairs."
+                f"accumulate = {accumulate} must divide the batch of {sampler.batch_size} pairs."
             )
         self.student, self.teacher, self.loss, self.optimizer = student, teacher, loss, optimizer
         self.online: StudentBranch = student.module if hasattr(student, "module") else student  # type: ignore[assignment]
         self.ema = EMA(teacher, self.online)
         self.schedule, self.masking, self.view = schedule, masking, view
-        self.accumulate, self.clip, self.clip_each, self.bf16, self.seed = accumulate, clip, clip_each, amp, seed
+        self.accumulate, self.clip, self.clip_each, self.bf16, self.seed = (
+            accumulate,
+            clip,
+            clip_each,
+            amp,
+            seed,
+        )
         self.run_dir, self.summary = Path(run_dir), summary or {}
         self.checkpoint_every, self.keep_checkpoints, self.resume = checkpoint_every, keep_checkpoints, resume
         self.pairs = {"seen": 0, "fallback": 0, "redraws": 0}
@@ -178,12 +188,14 @@ class AliceTrainer(Trainer):
         if self.resume and found is not None:
             self.load(found)
         elif found is not None:
-            raise CheckpointError(f"{self.folder}: holds checkpoints, but resume is false. Choose another output_dir.")
+            raise CheckpointError(
+                f"{self.folder}: holds checkpoints, but resume is false. Choose another output_dir."
+            )
         if self.state.iteration >= self.schedule.steps:
             logger.info("%s has all its %d iterations.", self.run_dir, self.schedule.steps)
             return
         self.student.train()
-        self.teacher.train()
+        self.teacher.eval()  # a teacher answers without dropout or stochastic depth
         self.loss.train()
         super().run()
 
@@ -204,7 +216,7 @@ class AliceTrainer(Trainer):
         for part in range(self.accumulate):
             rows = slice(part * self._part_size(batch), (part + 1) * self._part_size(batch))
             last = part == self.accumulate - 1
-            with nullcontext() if last or not hasattr(self.student, "no_sync") else self.student.no_sync():
+            with nullcontext() if last or not hasattr(self.student, "no_sync") else self.student.no_sync():  # type: ignore[operator]
                 _, terms = self.losses_of({k: v[rows] for k, v in batch.items()}, step)
                 (terms["total"] / self.accumulate).backward()
             values = torch.stack([terms[name].detach() for name in TERMS]) / self.accumulate
@@ -230,7 +242,9 @@ class AliceTrainer(Trainer):
 
         A meter passes the bare student, so that DDP does not wait for a backward pass that never comes.
         """
-        crop = torch.cat([batch["crop_q"], batch["crop_k"]]).to(self.device, non_blocking=True)  # (2B, 1, X, Y, Z)
+        crop = torch.cat([batch["crop_q"], batch["crop_k"]]).to(
+            self.device, non_blocking=True
+        )  # (2B, 1, X, Y, Z)
         seeds = torch.cat([batch["seed"], batch["seed"] + 1])
         hidden = self.masking(seeds, self.online.encoder.units(tuple(crop.shape[2:])))
         with torch.no_grad():
@@ -290,7 +304,7 @@ class AliceTrainer(Trainer):
                 "optimizer": self.optimizer.state_dict(),
                 "pairs": dict(self.pairs),
                 "world_size": world_size(),
-                "batch_size": self.data_loader.batch_sampler.batch_size,
+                "batch_size": self.sampler.batch_size,
                 "summary": self.summary,
             }
             path = save_checkpoint(self.folder, self.state.iteration, content, self.keep_checkpoints)
@@ -305,7 +319,7 @@ class AliceTrainer(Trainer):
         """
         content = load_checkpoint(path, self.device)
         pairs_then = content["world_size"] * content["batch_size"]
-        pairs_now = world_size() * self.data_loader.batch_sampler.batch_size
+        pairs_now = world_size() * self.sampler.batch_size
         if pairs_then != pairs_now:
             raise CheckpointError(
                 f"{path}: was trained with {pairs_then} pairs a step, now {pairs_now}. Set batch_size so that "
@@ -321,8 +335,14 @@ class AliceTrainer(Trainer):
                 f"{path}: was made with other settings ({str(error).splitlines()[0]}). Choose another output_dir."
             ) from error
         self.pairs = content["pairs"]
-        self.load_state_dict({"iteration": content["iteration"], "epoch_length": self.state.epoch_length, "max_epochs": self.state.max_epochs})
-        self.data_loader.batch_sampler.start = content["iteration"]
+        self.load_state_dict(
+            {
+                "iteration": content["iteration"],
+                "epoch_length": self.state.epoch_length,
+                "max_epochs": self.state.max_epochs,
+            }
+        )
+        self.sampler.start = content["iteration"]
         logger.info("Resumed from %s at iteration %d.", path, content["iteration"])
 
 

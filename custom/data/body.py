@@ -8,7 +8,9 @@ from scipy import ndimage
 BODY_HU = -500  # above: tissue; below: air and lung (spec 1.8)
 
 
-def body_mask(volume_hu: np.ndarray, spacing: tuple[float, ...], coarse_mm: float = 6.0) -> tuple[np.ndarray, tuple[int, ...]]:
+def body_mask(
+    volume_hu: np.ndarray, spacing: tuple[float, ...], coarse_mm: float = 6.0
+) -> tuple[np.ndarray, tuple[int, ...]]:
     """The patient's body on a coarse grid: the largest piece of tissue, its cavities filled.
 
     An opening of 12 mm (ours) cuts the table off where it touches the skin.

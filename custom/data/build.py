@@ -84,12 +84,19 @@ def build_store(
     store.mkdir(parents=True, exist_ok=True)
     if todo:
         logger.info("Building %d of %d volumes in %s.", len(todo), len(scans), store)
-    for outcome in tqdm(_build_all(todo, store, settings, workers), total=len(todo), desc="build", disable=not progress or not todo):
+    for outcome in tqdm(
+        _build_all(todo, store, settings, workers),
+        total=len(todo),
+        desc="build",
+        disable=not progress or not todo,
+    ):
         if outcome.record is not None:
             records[outcome.name] = outcome.record
         else:
             faults[outcome.name] = str(outcome.fault)
-    records = {scan.name: records[scan.name] for scan in scans if scan.name in records and scan.name not in faults}
+    records = {
+        scan.name: records[scan.name] for scan in scans if scan.name in records and scan.name not in faults
+    }
     write_index(store, settings, records)
     write_text(store / "report.json", json.dumps({"taken": sorted(records), "refused": faults}, indent=1))
     if len(faults) > bad_scans_allowed:
@@ -122,7 +129,9 @@ def require_patients(store: VolumeStore, count: int) -> None:
 def _existing(store: Path, settings: dict, scans: Sequence[Scan]) -> dict[str, VolumeRecord]:
     """Records of volumes that an earlier build finished: each wrote its own file last."""
     if (store / "index.json").is_file() and (found := read_index(store)["settings"]) != settings:
-        raise StoreError(f"{store}: was built with {found}, now {settings} is asked for. Choose another store_dir.")
+        raise StoreError(
+            f"{store}: was built with {found}, now {settings} is asked for. Choose another store_dir."
+        )
     records = {}
     for scan in scans:
         path = store / "volumes" / f"{scan.name}.json"
@@ -134,7 +143,11 @@ def _existing(store: Path, settings: dict, scans: Sequence[Scan]) -> dict[str, V
 
 
 def _is_built(store: Path, record: VolumeRecord | None, scan: Scan) -> bool:
-    if record is None or record.patient != scan.patient or (scan.label is not None) != bool(record.label_sha256):
+    if (
+        record is None
+        or record.patient != scan.patient
+        or (scan.label is not None) != bool(record.label_sha256)
+    ):
         return False
     kinds = ["hu", "body"] + (["label"] if scan.label else [])
     return (
@@ -195,20 +208,24 @@ def _convert(scan: Scan, store: Path, settings: dict) -> VolumeRecord:
     return record
 
 
-def _read_label(scan: Scan, shape: tuple, affine: np.ndarray, spacing: list[float], target: tuple) -> np.ndarray:
+def _read_label(
+    scan: Scan, shape: tuple, affine: np.ndarray, spacing: list[float], target: tuple
+) -> np.ndarray:
     assert scan.label is not None
     label, label_affine = read_volume(scan.label)
     if label.shape != shape or not np.allclose(label_affine, affine, atol=0.01 * spacing_of(affine).min()):
-        raise ScanError(f"{scan.label}: shape {label.shape} or position differs from its image {scan.image} {shape}.")
+        raise ScanError(
+            f"{scan.label}: shape {label.shape} or position differs from its image {scan.image} {shape}."
+        )
     values = np.unique(label)
     if values.min() < 0 or values.max() > 255 or not np.array_equal(values, np.rint(values)):
-        raise ScanError(f"{scan.label}: labels must be whole numbers from 0 to 255, found {values.min():g} to {values.max():g}.")
+        raise ScanError(
+            f"{scan.label}: labels must be whole numbers from 0 to 255, found {values.min():g} to {values.max():g}."
+        )
     turned, turned_affine = to_ras(label.astype(np.uint8), label_affine)
     resampled, _ = resample(turned, turned_affine, spacing, nearest=True)
     assert resampled.shape == tuple(target)
     return resampled
-
-
 
 
 def shared_store(source: str | Path, store: str | Path, **options) -> VolumeStore:

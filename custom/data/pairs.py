@@ -83,7 +83,9 @@ class PairDataset(Dataset):
             self.scans_of.setdefault(store.patient(name), []).append(name)
         self.patients = sorted(self.scans_of)
         if len(self.patients) < 2:
-            raise ValueError(f"A pair is two different patients' scans; {store.path} offers {len(self.patients)} patient(s).")
+            raise ValueError(
+                f"A pair is two different patients' scans; {store.path} offers {len(self.patients)} patient(s)."
+            )
 
     def __len__(self) -> int:
         return self.length
@@ -163,7 +165,17 @@ class PairDataset(Dataset):
                 break
         return to_world(self.store.affine(name), point), offset
 
-    def _cut(self, query: str, key: str, point_q: np.ndarray, point_k: np.ndarray, offset: np.ndarray, score: float, redraws: int, fallback: bool) -> Placement:
+    def _cut(
+        self,
+        query: str,
+        key: str,
+        point_q: np.ndarray,
+        point_k: np.ndarray,
+        offset: np.ndarray,
+        score: float,
+        redraws: int,
+        fallback: bool,
+    ) -> Placement:
         starts = [
             np.rint(to_voxels(self.store.affine(name), point)).astype(int) + offset - self.crop_size // 2
             for name, point in ((query, point_q), (key, point_k))
@@ -181,7 +193,9 @@ class PairDataset(Dataset):
 
     def _crop(self, name: str, start: np.ndarray) -> torch.Tensor:
         low, high = self.window_hu
-        crop = self.store.read_crop(name, start, self.crop_size, fill=int(np.floor(max(low, -1024))))
+        crop = self.store.read_crop(
+            name, start.tolist(), self.crop_size.tolist(), fill=int(np.floor(max(low, -1024)))
+        )
         return torch.from_numpy(window(crop, low, high))[None]
 
 
@@ -204,7 +218,9 @@ class RankedBatches(Sampler[list[int]]):
         rank, world_size: this process, of how many.
     """
 
-    def __init__(self, batch_size: int, batches: int, start: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, batch_size: int, batches: int, start: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         self.batch_size, self.batches, self.start = batch_size, batches, start

@@ -30,8 +30,8 @@ def resample(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Change the voxel size along each axis, outer voxel edges kept.
 
-    Linear where the grid gets finer; where it gets coarser the linear filter is widened to the new voxel, so
-    that nothing aliases (what torch calls ``antialias``; torch has it in 2D only).
+    Linear where the grid gets finer; where it gets coarser the linear interpolant is averaged over the new
+    voxel, so that nothing aliases (torch's own ``antialias`` is for 2D only).
 
     Args:
         volume: (X, Y, Z).
@@ -57,9 +57,10 @@ def resample(
     kept_type = out.dtype
     if not nearest:
         out = out.to(torch.float32)
+    extents = [float(f) if f > 1 else 0.0 for f in factors]
     for axis in sorted(range(3), key=lambda a: sizes[a] / volume.shape[a]):  # shrink first: less to do
         centres = (torch.arange(sizes[axis], dtype=torch.float64) + 0.5) * factors[axis] - 0.5 + shift[axis]
-        out = _pick(out, centres, axis) if nearest else _filter(out, centres, max(1.0, float(factors[axis])), axis)
+        out = _pick(out, centres, axis) if nearest else _filter(out, centres, extents[axis], axis)
     if not kept_type.is_floating_point and not nearest:
         limits = torch.iinfo(kept_type)
         out = out.round_().clamp_(limits.min, limits.max).to(kept_type)
@@ -70,18 +71,34 @@ def _pick(volume: Tensor, centres: Tensor, axis: int) -> Tensor:
     return volume.index_select(axis, centres.round().long().clamp(0, volume.shape[axis] - 1))
 
 
-def _filter(volume: Tensor, centres: Tensor, width: float, axis: int) -> Tensor:
-    """A triangle filter of half-width ``width`` voxels at ``centres`` along one axis, edge voxels repeated."""
-    first = torch.floor(centres - width).long() + 1
-    taps = int(np.ceil(2 * width)) + 1
-    positions = first[:, None] + torch.arange(taps)
-    weights = (1 - (positions - centres[:, None]).abs() / width).clamp(min=0)
-    weights = (weights / weights.sum(dim=1, keepdim=True)).to(volume.dtype)
+def _filter(volume: Tensor, centres: Tensor, extent: float, axis: int) -> Tensor:
+    """Weighted sums of the voxels around ``centres`` along one axis, edge voxels repeated.
+
+    The weights average the linear interpolant over a new voxel's extent, so a linear ramp stays one exactly;
+    an extent of 0 is plain linear interpolation.
+    """
+    reach = 1.0 + extent / 2
+    first = torch.floor(centres - reach).long() + 1
+    positions = first[:, None] + torch.arange(int(np.ceil(2 * reach)) + 1)
+    apart = positions - centres[:, None]
+    if extent > 0:
+        weights = (_hat_integral(apart + extent / 2) - _hat_integral(apart - extent / 2)) / extent
+    else:
+        weights = (1 - apart.abs()).clamp(min=0)
+    weights = weights.to(volume.dtype)
     positions = positions.clamp(0, volume.shape[axis] - 1)
     shape = [1, 1, 1]
     shape[axis] = len(centres)
-    out = torch.zeros([len(centres) if a == axis else n for a, n in enumerate(volume.shape)], dtype=volume.dtype)
-    for tap in range(taps):
+    out = torch.zeros(
+        [len(centres) if a == axis else n for a, n in enumerate(volume.shape)], dtype=volume.dtype
+    )
+    for tap in range(positions.shape[1]):
         if (weights[:, tap] != 0).any():
             out.addcmul_(volume.index_select(axis, positions[:, tap]), weights[:, tap].view(shape))
     return out
+
+
+def _hat_integral(t: Tensor) -> Tensor:
+    """Integral of the linear interpolation kernel from minus infinity to t."""
+    t = t.clamp(-1, 1)
+    return torch.where(t < 0, (t + 1).square() / 2, 1 - (1 - t).square() / 2)

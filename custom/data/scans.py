@@ -57,13 +57,17 @@ def list_scans(source: str | Path, patient_pattern: str | None = None) -> list[S
     if source.is_dir():
         records = _folder_records(source)
         if not records:
-            raise ScanError(f"{source}: no scan found ({', '.join(IMAGE_SUFFIXES)}). Point dataset_dir at your scans.")
+            raise ScanError(
+                f"{source}: no scan found ({', '.join(IMAGE_SUFFIXES)}). Point dataset_dir at your scans."
+            )
     elif source.is_file():
         records = _datalist_records(source)
         if not records:
             raise ScanError(f"{source}: the datalist names no image.")
     else:
-        raise ScanError(f"{source}: no such folder or datalist. Set dataset_dir to a folder of scans or a JSON.")
+        raise ScanError(
+            f"{source}: no such folder or datalist. Set dataset_dir to a folder of scans or a JSON."
+        )
     return _to_scans(source, records, patient_pattern)
 
 
@@ -82,7 +86,9 @@ def _pair_key(path: Path) -> tuple[str, str]:
     name = re.sub(r"[_\-. ]?(labels?|seg|segmentation|mask)$", "", stem(path), flags=re.IGNORECASE)
     name = re.sub(r"^(label|img|image)(?=\d)", "", name, flags=re.IGNORECASE)
     name = _IMAGE_TAIL.sub("", name) if not _is_label(path) else name
-    sub = re.match(r"^(images?|labels?|masks?|segs?|segmentations?)(tr|ts|va)?$", path.parent.name, re.IGNORECASE)
+    sub = re.match(
+        r"^(images?|labels?|masks?|segs?|segmentations?)(tr|ts|va)?$", path.parent.name, re.IGNORECASE
+    )
     folder = path.parent.parent if sub else path.parent
     return str(folder), name.lower()
 
@@ -91,7 +97,9 @@ def _datalist_records(path: Path) -> list[dict]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ScanError(f"{path}: no readable JSON ({error}). A datalist is a JSON list of images.") from error
+        raise ScanError(
+            f"{path}: no readable JSON ({error}). A datalist is a JSON list of images."
+        ) from error
     groups = [content] if isinstance(content, list) else [v for v in content.values() if isinstance(v, list)]
     records = []
     for entry in (e for group in groups for e in group):
@@ -175,9 +183,13 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except (ImageFileError, OSError, ValueError, RuntimeError) as error:
         raise ScanError(f"{path}: not a readable image ({str(error).splitlines()[0]}).") from error
     if volume.dtype.fields is not None or volume.ndim != 3:
-        raise ScanError(f"{path}: has shape {volume.shape}; a 3D volume is wanted. Split it, or leave it out.")
+        raise ScanError(
+            f"{path}: has shape {volume.shape}; a 3D volume is wanted. Split it, or leave it out."
+        )
     if min(volume.shape) < 2:
-        raise ScanError(f"{path}: has shape {volume.shape}; a volume needs at least 2 slices along every axis.")
+        raise ScanError(
+            f"{path}: has shape {volume.shape}; a volume needs at least 2 slices along every axis."
+        )
     affine = np.asarray(affine, dtype=float)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ScanError(f"{path}: its affine cannot be inverted. Convert the scan again from its source.")

@@ -96,7 +96,9 @@ class VolumeStore:
         """Voxels of the body on the coarse grid, (n, 3) int."""
         return _body_voxels(self.path, name, tuple(self._record(name).body_step))
 
-    def read_crop(self, name: str, start: Sequence[int], size: Sequence[int], fill: int = -1024) -> np.ndarray:
+    def read_crop(
+        self, name: str, start: Sequence[int], size: Sequence[int], fill: int = -1024
+    ) -> np.ndarray:
         """A box of voxels, padded with ``fill`` where it leaves the volume.
 
         Args:
@@ -133,10 +135,14 @@ class VolumeStore:
                     faults[name] = str(error)
                     continue
                 if sha256_of_array(array) != wanted:
-                    faults[name] = f"{volume_path(self.path, name, kind)}: voxels differ from what was written"
+                    faults[name] = (
+                        f"{volume_path(self.path, name, kind)}: voxels differ from what was written"
+                    )
         return faults
 
-    def _read(self, name: str, kind: str, start: Sequence[int], size: Sequence[int], fill: int, dtype: Any) -> np.ndarray:
+    def _read(
+        self, name: str, kind: str, start: Sequence[int], size: Sequence[int], fill: int, dtype: Any
+    ) -> np.ndarray:
         shape = self._record(name).shape
         inner = [(max(s, 0), min(s + n, limit)) for s, n, limit in zip(start, size, shape, strict=True)]
         out = np.full(tuple(size), fill, dtype=dtype)
@@ -181,19 +187,27 @@ def read_index(store: Path) -> dict[str, Any]:
     """The store's index, checked for its format."""
     path = store / "index.json"
     if not path.is_file():
-        raise StoreError(f"{store}: no store here (index.json is missing). Make one: alice build SCANS {store}")
+        raise StoreError(
+            f"{store}: no store here (index.json is missing). Make one: alice build SCANS {store}"
+        )
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise StoreError(f"{path}: unreadable ({error}). Delete the store and build it again.") from error
     if index.get("format") != FORMAT:
-        raise StoreError(f"{path}: format {index.get('format')!r}, this version reads {FORMAT!r}. Build it again.")
+        raise StoreError(
+            f"{path}: format {index.get('format')!r}, this version reads {FORMAT!r}. Build it again."
+        )
     return index
 
 
 def write_index(store: Path, settings: dict[str, Any], records: dict[str, VolumeRecord]) -> None:
     """Replace the index whole."""
-    content = {"format": FORMAT, "settings": settings, "volumes": {n: asdict(r) for n, r in sorted(records.items())}}
+    content = {
+        "format": FORMAT,
+        "settings": settings,
+        "volumes": {n: asdict(r) for n, r in sorted(records.items())},
+    }
     write_text(store / "index.json", json.dumps(content, indent=1))
 
 
@@ -208,7 +222,12 @@ def write_array(path: Path, array: np.ndarray) -> None:
             np.ascontiguousarray(array),
             chunks=chunks,
             blocks=blocks,
-            cparams={"codec": blosc2.Codec.ZSTD, "clevel": 3, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1},
+            cparams={
+                "codec": blosc2.Codec.ZSTD,
+                "clevel": 3,
+                "filters": [blosc2.Filter.SHUFFLE],
+                "nthreads": 1,
+            },
             urlpath=str(temporary),
             mode="w",
         )
@@ -236,7 +255,11 @@ def sha256_of_array(array: np.ndarray) -> str:
 def sha256_of_file(path: Path) -> str:
     """Of a file's bytes."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(file)
+        )
 
 
 def _digest(file: Any) -> str:

@@ -61,7 +61,9 @@ class TargetView:
         noise: float = 0.05,
     ) -> None:
         if not 0 <= rotation <= 180 or not 0 <= zoom < 1 or min(scale, shift, noise) < 0:
-            raise ValueError(f"View strengths are out of range: {rotation=}, {zoom=}, {scale=}, {shift=}, {noise=}.")
+            raise ValueError(
+                f"View strengths are out of range: {rotation=}, {zoom=}, {scale=}, {shift=}, {noise=}."
+            )
         if len(flip) != 3 or not all(0 <= p <= 1 for p in flip):
             raise ValueError(f"flip must be three probabilities, got {list(flip)}.")
         self.spacing = torch.tensor([float(s) for s in spacing])

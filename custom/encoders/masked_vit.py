@@ -11,7 +11,7 @@ from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
 from custom.encoders.masking import visible_index
-from custom.encoders.positions import positions_at, resize_positions
+from custom.encoders.positions import positions_at, quiet_meshgrid, resize_positions
 
 
 class MaskedViT(ViT):
@@ -32,9 +32,12 @@ class MaskedViT(ViT):
         bound.apply_defaults()
         settings = {k: v for k, v in bound.arguments.items() if k != "self"}
         if settings["spatial_dims"] != 3 or settings["classification"]:
-            raise ValueError("MaskedViT encodes 3D volumes without a class token: spatial_dims=3, classification=False.")
+            raise ValueError(
+                "MaskedViT encodes 3D volumes without a class token: spatial_dims=3, classification=False."
+            )
         self._check_sizes(settings)
-        super().__init__(*args, **kwargs)
+        with quiet_meshgrid():
+            super().__init__(*args, **kwargs)
         self.patch: tuple[int, int, int] = ensure_tuple_rep(settings["patch_size"], 3)
         size = ensure_tuple_rep(settings["img_size"], 3)
         self.grid: tuple[int, int, int] = tuple(s // p for s, p in zip(size, self.patch, strict=True))
@@ -69,7 +72,9 @@ class MaskedViT(ViT):
         """
         grid = self._grid_of(x)
         if hidden is not None and (tuple(hidden.shape[1:]) != grid or hidden.shape[0] != x.shape[0]):
-            raise ValueError(f"Mask {tuple(hidden.shape)} does not fit {x.shape[0]} crop(s) of {grid} tokens.")
+            raise ValueError(
+                f"Mask {tuple(hidden.shape)} does not fit {x.shape[0]} crop(s) of {grid} tokens."
+            )
         if (hidden is None or not hidden.any()) and grid == self.grid:
             return super().forward(x)
 

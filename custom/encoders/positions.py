@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,16 @@ def sincos_positions(grid: tuple[int, int, int], width: int) -> Tensor:
     """MONAI's fixed sin-cos table (1, N, width) for a grid; ``width`` must be divisible by 6."""
     if width % 6:
         raise ValueError(f"Sin-cos positions in 3D need a width divisible by 6, got {width}.")
-    # MONAI lays its table out in (z, y, x) order of "meshgrid(indexing='ij')" over x, y, z: as tokens are
-    return build_sincos_position_embedding(list(grid), width, 3).detach()
+    with quiet_meshgrid():
+        return build_sincos_position_embedding(list(grid), width, 3).detach()
+
+
+@contextlib.contextmanager
+def quiet_meshgrid() -> Iterator[None]:
+    """Keep torch from warning users about how MONAI calls ``torch.meshgrid``."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.meshgrid")
+        yield
 
 
 def resize_positions(table: Tensor, grid: Sequence[int], new_grid: Sequence[int]) -> Tensor:
@@ -36,7 +46,9 @@ def resize_positions(table: Tensor, grid: Sequence[int], new_grid: Sequence[int]
         ValueError: if the table does not have ``prod(grid)`` entries.
     """
     if table.shape[1] != math.prod(grid):
-        raise ValueError(f"Position table has {table.shape[1]} entries, its grid {tuple(grid)} asks for {math.prod(grid)}.")
+        raise ValueError(
+            f"Position table has {table.shape[1]} entries, its grid {tuple(grid)} asks for {math.prod(grid)}."
+        )
     if tuple(grid) == tuple(new_grid):
         return table
     volume = table.transpose(1, 2).reshape(1, table.shape[2], *grid)

@@ -23,7 +23,9 @@ class Volumes(Protocol):
     def body_voxels(self, name: str) -> np.ndarray: ...
     def patient(self, name: str) -> str: ...
     def has_label(self, name: str) -> bool: ...
-    def read_crop(self, name: str, start: Sequence[int], size: Sequence[int], fill: int = -1024) -> np.ndarray: ...
+    def read_crop(
+        self, name: str, start: Sequence[int], size: Sequence[int], fill: int = -1024
+    ) -> np.ndarray: ...
     def read_label_crop(self, name: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray: ...
 
 
@@ -58,7 +60,9 @@ def region_points(
     millimetres = {name: np.linalg.norm(store.affine(name)[:3, :3], axis=0) for name in names}
     extent = np.median([(boxes[n][1] - boxes[n][0]) * millimetres[n] for n in names], axis=0)
     extent[2] = min(extent[2], extent[0])  # a long scan does not spread the regions over the whole body
-    axes = [((np.arange(c) - (c - 1) / 2) / max(c - 1, 1)) * e / 2 for c, e in zip(counts, extent, strict=True)]
+    axes = [
+        ((np.arange(c) - (c - 1) / 2) / max(c - 1, 1)) * e / 2 for c, e in zip(counts, extent, strict=True)
+    ]
     lattice = np.array(list(itertools.product(*axes)))  # (R, 3) mm
 
     anchors = _label_anchors(store, names)
@@ -75,10 +79,14 @@ def _label_anchors(store: Volumes, names: Sequence[str]) -> dict[str, np.ndarray
     for name in names:
         label = store.read_label_crop(name, (0, 0, 0), store.shape(name))
         centroids[name] = {
-            int(v): _to_world(store.affine(name), np.argwhere(label == v).mean(axis=0)) for v in np.unique(label) if v
+            int(v): _to_world(store.affine(name), np.argwhere(label == v).mean(axis=0))
+            for v in np.unique(label)
+            if v
         }
     common = set.intersection(*(set(c) for c in centroids.values()))
-    return {n: np.mean([c[v] for v in sorted(common)], axis=0) for n, c in centroids.items()} if common else {}
+    return (
+        {n: np.mean([c[v] for v in sorted(common)], axis=0) for n, c in centroids.items()} if common else {}
+    )
 
 
 def region_retrieval(
@@ -106,7 +114,9 @@ def region_retrieval(
     vectors = []
     for name in names:
         voxels = np.rint(_to_voxels(store.affine(name), points[name])).astype(int)
-        crops = [_crop(store, name, voxel - np.array(crop_size) // 2, crop_size, window_hu) for voxel in voxels]
+        crops = [
+            _crop(store, name, voxel - np.array(crop_size) // 2, crop_size, window_hu) for voxel in voxels
+        ]
         vectors.append(features(torch.stack(crops).to(device)).mean(dim=1).float().cpu())
     stacked = torch.stack(vectors)  # (scans, R, C)
     centred = torch.nn.functional.normalize(stacked - stacked.mean(dim=(0, 1)), dim=-1)
@@ -153,7 +163,9 @@ def token_table(
     return np.concatenate(rows), np.concatenate(shares)
 
 
-def linear_probe(fit: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], organs: Sequence[int]) -> LinearProbe:
+def linear_probe(
+    fit: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], organs: Sequence[int]
+) -> LinearProbe:
     """Ridge regression of organ shares from tokens, fitted on some patients and scored on others.
 
     Args:
@@ -168,7 +180,11 @@ def linear_probe(fit: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.
         raise ValueError(f"None of the labels {list(organs)} occurs in both the fitting and the test scans.")
     cut = 2 * len(fit[0]) // 3
     scores = [
-        np.mean(_correlations(_ridge((fit[0][:cut], fit[1][:cut]), fit[0][cut:], used, ridge), fit[1][cut:][:, used]))
+        np.mean(
+            _correlations(
+                _ridge((fit[0][:cut], fit[1][:cut]), fit[0][cut:], used, ridge), fit[1][cut:][:, used]
+            )
+        )
         for ridge in RIDGES
     ]
     predicted = _ridge(fit, test[0], used, RIDGES[int(np.argmax(scores))])
@@ -176,7 +192,9 @@ def linear_probe(fit: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.
     return LinearProbe(float(np.mean(list(by_organ.values()))), by_organ)
 
 
-def _ridge(fit: tuple[np.ndarray, np.ndarray], rows: np.ndarray, organs: Sequence[int], ridge: float) -> np.ndarray:
+def _ridge(
+    fit: tuple[np.ndarray, np.ndarray], rows: np.ndarray, organs: Sequence[int], ridge: float
+) -> np.ndarray:
     x, y = fit[0].astype(np.float64), fit[1][:, organs].astype(np.float64)
     mean, spread = x.mean(axis=0), x.std(axis=0) + 1e-8
     x = (x - mean) / spread
@@ -202,7 +220,9 @@ def _label_shares(label: np.ndarray, patch: Sequence[int]) -> np.ndarray:
     return shares
 
 
-def _crop(store: Volumes, name: str, start: np.ndarray, size: Sequence[int], window_hu: Sequence[float]) -> Tensor:
+def _crop(
+    store: Volumes, name: str, start: np.ndarray, size: Sequence[int], window_hu: Sequence[float]
+) -> Tensor:
     low, high = window_hu
     crop = store.read_crop(name, [int(s) for s in start], size, fill=int(max(low, -1024)))
     return torch.from_numpy(np.clip((crop.astype(np.float32) - low) / (high - low), 0, 1))[None]
@@ -256,13 +276,23 @@ class EncoderProbe:
         def features(crops: Tensor) -> Tensor:
             return encoder(crops).tokens
 
-        found = region_retrieval(features, self.store, self.points, self.crop_size, self.window_hu, self.by, self.device)
+        found = region_retrieval(
+            features, self.store, self.points, self.crop_size, self.window_hu, self.by, self.device
+        )
         values = {"retrieval": found.accuracy, "chance": found.chance}
         if self.fit_names and self.test_names:
             patch = encoder.patch  # type: ignore[attr-defined]
             tables = [
                 token_table(
-                    features, self.store, names, self.crop_size, self.window_hu, patch, self.crops_per_scan, 0, self.device
+                    features,
+                    self.store,
+                    names,
+                    self.crop_size,
+                    self.window_hu,
+                    patch,
+                    self.crops_per_scan,
+                    0,
+                    self.device,
                 )
                 for names in (self.fit_names, self.test_names)
             ]

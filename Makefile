@@ -1,0 +1,64 @@
+# make quickstart and make test need nothing but Python 3.10+ and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+RUN = quickstart
+TRAIN = bundles/alice_pretrain/configs/train.yaml
+SMOKE = bundles/alice_pretrain/configs/smoke.yaml
+
+.PHONY: setup quickstart test fast check format smoke show package clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# phantoms -> store -> pre-training -> encoder -> stock UNETR -> picture, on a CPU, minutes
+quickstart: setup
+	@echo "== 1/5 a cohort of synthetic torsos"
+	$(BIN)/alice phantom $(RUN)/phantoms --n 12 --size small --canonical False
+	@echo "== 2/5 pre-training through monai.bundle run (the store is built first)"
+	$(BIN)/python -W ignore -m monai.bundle run --config_file "['$(TRAIN)','$(SMOKE)']" \
+	  --dataset_dir $(RUN)/phantoms --output_dir $(RUN)/run --store_dir $(RUN)/store --iterations 120 --logging_file False
+	@echo "== 3/5 the encoder, as one file"
+	$(BIN)/alice export $(RUN)/run --to $(RUN)/encoder.safetensors
+	@echo "== 4/5 into stock MONAI UNETR"
+	$(BIN)/python -W ignore docs/examples/load_into_unetr.py $(RUN)/encoder.safetensors
+	@echo "== 5/5 what was learnt"
+	$(BIN)/alice probe $(RUN)/run
+	$(BIN)/alice picture $(RUN)/run --to $(RUN)/picture.png
+	@echo "Done. Look at $(RUN)/picture.png; TensorBoard: $(BIN)/tensorboard --logdir $(RUN)/run"
+
+test: setup
+	$(BIN)/python -m pytest -m "not gpu"
+
+fast: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# every bundle, tiny, from its own YAML
+smoke: setup
+	$(BIN)/alice phantom build/smoke/phantoms --n 6 --size small --canonical False
+	$(BIN)/python -W ignore -m monai.bundle run --config_file "['$(TRAIN)','$(SMOKE)']" \
+	  --dataset_dir build/smoke/phantoms --output_dir build/smoke/run --iterations 20
+
+BUNDLE ?= alice_pretrain
+show: setup
+	@$(BIN)/python -m custom.release show bundles/$(BUNDLE)/configs/train.yaml
+
+package: setup
+	$(BIN)/python -m custom.release package dist
+
+clean:
+	rm -rf build dist quickstart

@@ -1,0 +1,193 @@
+"""The ``alice`` command: chores that are no bundle workflow."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+from tqdm import tqdm
+
+from custom.preflight import plain_message
+
+
+def phantom(folder: str, n: int = 24, seed: int = 0, size: str = "standard", canonical: bool = True) -> None:
+    """Write a cohort of synthetic CT-like torsos with labels and exact correspondence.
+
+    Args:
+        folder: to write, in FLARE22's layout (images/, labels/).
+        n: subjects.
+        seed: of the whole cohort.
+        size: standard, or small for trials.
+        canonical: also write the dense correspondence of every subject.
+    """
+    from custom.data.phantom import write_cohort
+
+    with tqdm(total=n, desc="phantoms") as bar:
+        write_cohort(
+            Path(folder),
+            n,
+            seed,
+            size=size,
+            canonical=canonical,
+            progress=lambda done, total: bar.update(done - bar.n),
+        )
+
+
+def build(
+    source: str,
+    store: str,
+    spacing: Sequence[float] = (1.5, 1.5, 2.0),
+    bad_scans_allowed: int = 0,
+    workers: int = 4,
+    patient_pattern: str | None = None,
+    check: bool = False,
+) -> None:
+    """Bring a folder of scans (or a datalist JSON) onto one grid, ready to be read crop by crop; resumable.
+
+    Args:
+        source: folder or datalist.
+        store: folder to write.
+        spacing: mm along x, y, z, as "[1.5,1.5,2.0]".
+        bad_scans_allowed: unusable scans to skip.
+        workers: processes.
+        patient_pattern: regular expression on the path; its first group is the patient.
+        check: decode every volume afterwards and compare checksums.
+    """
+    from custom.data.build import build_store
+
+    made = build_store(source, store, spacing, bad_scans_allowed, workers, patient_pattern)
+    patients = {made.patient(name) for name in made.names}
+    print(f"{store}: {len(made)} volumes of {len(patients)} patients at {list(made.spacing)} mm.")
+    if check and (faults := made.check()):
+        raise ValueError("Damaged: " + "; ".join(f"{name}: {fault}" for name, fault in faults.items()))
+
+
+def export(run: str, to: str = "encoder.safetensors") -> None:
+    """Write the online encoder of a run, ready for ``load_encoder`` and stock MONAI networks.
+
+    Args:
+        run: the run's output_dir, or one of its checkpoints.
+        to: a .safetensors (with metadata inside) or .pt file (with a .json beside it).
+    """
+    from custom.alice.run_folder import load_run
+    from custom.transfer.encoder_weights import save_encoder
+
+    loaded = load_run(run)
+    metadata = loaded.summary | {"trained_iterations": loaded.iteration}
+    written = save_encoder(to, loaded.student.encoder.encoder, metadata)
+    print(
+        f"{to}: {written['network_type']} after {loaded.iteration} iterations, sha256 {written['sha256'][:16]}..."
+    )
+
+
+def probe(
+    run: str, store: str | None = None, names: Sequence[str] | None = None, device: str = "cpu"
+) -> None:
+    """Measure a run's frozen encoder on held-back scans, beside an untrained twin.
+
+    Args:
+        run: the run's output_dir, or one of its checkpoints.
+        store: other than the one it was trained from.
+        names: scans to measure on; the run's held-back ones by default.
+        device: cpu or cuda.
+    """
+    from custom.alice.run_folder import load_run
+    from custom.data.store import VolumeStore
+    from custom.encoders.tokens import token_encoder
+    from custom.evaluation.probe import encoder_probe
+    from custom.transfer.encoder_weights import build_encoder
+
+    loaded = load_run(run)
+    volumes = VolumeStore(store or loaded.summary["store_dir"])
+    chosen = list(names or loaded.summary["held_back"])
+    measure = encoder_probe(
+        volumes,
+        chosen,
+        crop_size=loaded.summary["crop_size"],
+        window_hu=loaded.summary["window_hu"],
+        device=device,
+    )
+    if measure is None:
+        raise ValueError(
+            f"{chosen or 'No scan'}: a probe needs scans of two patients. Name some with --names."
+        )
+    torch.manual_seed(loaded.summary["seed"])
+    untrained = token_encoder(build_encoder(loaded.summary)).eval().to(device)
+    rows = {
+        "untrained": measure(untrained),
+        f"step {loaded.iteration}": measure(loaded.student.encoder.to(device)),
+    }
+    for name, values in rows.items():
+        print(f"{name:<14}" + "  ".join(f"{key} {value:.3f}" for key, value in values.items()))
+    print(json.dumps(rows))
+
+
+def picture(run: str, to: str = "picture.png") -> None:
+    """Draw what a run has learnt: curves, a reconstruction, and one place found in another patient.
+
+    Args:
+        run: the run's output_dir.
+        to: the PNG to write.
+    """
+    from custom.alice.picture import run_picture
+    from custom.alice.run_folder import load_run
+    from custom.alice.run_log import read_log
+    from custom.data.pairs import PairDataset
+    from custom.data.store import VolumeStore
+    from custom.data.views import Masking
+    from custom.landmarks.aligners import make_aligner
+
+    loaded = load_run(run)
+    summary, store = loaded.summary, VolumeStore(loaded.summary["store_dir"])
+    names = summary["held_back"] if len({store.patient(n) for n in summary["held_back"]}) > 1 else store.names
+    pairs = PairDataset(
+        store,
+        make_aligner("coordinate", store),
+        summary["crop_size"],
+        summary["window_hu"],
+        names=names,
+        max_offset=0.0,
+    )
+    pair = pairs[0]
+    units = loaded.student.encoder.units(tuple(summary["crop_size"]))
+    hidden = Masking(summary["hidden_ratio"])(torch.tensor([0]), units)
+    figure = run_picture(
+        loaded.student, read_log(loaded.folder), pair["crop_q"][None], pair["crop_k"][None], hidden
+    )
+    figure.suptitle(
+        f"{summary['network_type']} after {loaded.iteration} of {summary['iterations']} iterations, {summary['scans']} scans"
+    )
+    figure.savefig(to, dpi=110)
+    print(f"{to}: {pair['scan_q']} and {pair['scan_k']}")
+
+
+COMMANDS: dict[str, Any] = {
+    "phantom": phantom,
+    "build": build,
+    "export": export,
+    "probe": probe,
+    "picture": picture,
+}
+
+
+def main() -> None:
+    """Run a command; what a user can mend is said in one line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        fire.Fire(COMMANDS, name="alice")
+    except Exception as error:
+        message = plain_message(error)
+        if message is None:
+            raise
+        print(f"alice: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Networks that run on visible tokens only, with MONAI's own parameters."""

@@ -1,0 +1,352 @@
+"""Two views of the same anatomy for training SAM, and which of their cells show the same place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
+from scipy.spatial import cKDTree
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from custom.data.store import VolumeStore
+from custom.landmarks.geometry import to_voxels, to_world
+from custom.landmarks.sam import CENTRES_ZYX, SPACING_MM, STRIDES_ZYX, Level, hu_to_units
+
+Array = NDArray[Any]
+AIR_HU = -1024
+AXES = np.diag([-1.0, -1.0, 1.0])  # a view's x, y, z grow towards Left, Posterior, Superior; the world is RAS
+# outside of soft tissue a curve of intensities keeps its slope of 1 (lung, bone and metal stay what they are)
+CURVE_HU = np.array([-200.0, -100.0, -30.0, 0.0, 30.0, 60.0, 100.0, 150.0, 220.0, 320.0])
+
+
+class Places(Protocol):
+    """A space in which all scans that it knows share their anatomy (phantoms have one)."""
+
+    def __contains__(self, name: str) -> bool: ...
+    def at(self, name: str, points_mm: Array) -> Array: ...
+    def find(self, name: str, place_mm: Array) -> Array: ...
+
+
+class Look(NamedTuple):
+    """How a view sees the scan: drawn once, used by plain functions.
+
+    Attributes:
+        affine: (4, 4), voxel of the view (x, y, z) to world mm (RAS).
+        curve: (n,) new HU of ``CURVE_HU``.
+        blur: voxels, standard deviation.
+        noise: HU, standard deviation.
+        noise_seed: of the noise itself.
+    """
+
+    affine: Array
+    curve: Array
+    blur: float
+    noise: float
+    noise_seed: int
+
+
+class ViewPairs(Dataset):
+    """Pair number ``i`` of an endless, reproducible sequence of two views of the same anatomy (SAM, spec 2.3).
+
+    Both views show one scan, each at its own scale, turned a little and with its own intensities; or, where
+    ``places`` knows the scans (phantoms), they may show the same place of two subjects. Every position is
+    exact and in float32 mm: of the world for one scan, of the shared space for scans in ``places``.
+
+    Args:
+        store: scans on a grid of about 2 mm.
+        names: scans to use; None for all.
+        crop_size: voxels of a view along x, y, z.
+        length: how many pairs the dataset pretends to have.
+        seed: of the whole sequence.
+        places: a shared space, None if there is none.
+        across: share of pairs that show two subjects, where ``places`` allows.
+        scale: least and largest size of a view's voxels, over 2 mm (the authors': 0.8 to 1.2).
+        rotation: degrees, largest turn about each axis (ours; the authors commented theirs out).
+        jitter: of a view's extent, by which its centre may lie off the common point.
+        contrast: 0 keeps intensities, 1 bends and shifts those of soft tissue strongly (ours).
+        blur: voxels, largest standard deviation.
+        noise: HU, largest standard deviation.
+        anchors: matched cells of a pair, at most (the authors: 100 of 2,000 tried).
+        match_mm: a fine cell's counterpart is nearer than this (the authors: 2).
+        coarse_match_mm, coarse_match_z_mm: and a coarse cell's (the authors: 25, and 8 along z).
+
+    Raises:
+        ValueError: for settings out of range, or names the store does not hold.
+    """
+
+    def __init__(
+        self,
+        store: VolumeStore,
+        names: Sequence[str] | None = None,
+        crop_size: Sequence[int] = (96, 96, 32),
+        length: int = 1 << 40,
+        seed: int = 0,
+        places: Places | None = None,
+        across: float = 0.0,
+        scale: Sequence[float] = (0.8, 1.2),
+        rotation: float = 10.0,
+        jitter: float = 0.25,
+        contrast: float = 1.0,
+        blur: float = 1.0,
+        noise: float = 20.0,
+        anchors: int = 100,
+        match_mm: float = 2.0,
+        coarse_match_mm: float = 25.0,
+        coarse_match_z_mm: float = 8.0,
+    ) -> None:
+        if len(crop_size) != 3 or crop_size[2] < 4 or min(crop_size[:2]) < 16:
+            raise ValueError(f"crop_size must be at least 16, 16, 4 voxels, got {list(crop_size)}.")
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"scale must be two positive numbers that rise, got {list(scale)}.")
+        if not 0.0 <= jitter < 0.5 or not 0.0 <= across <= 1.0 or min(rotation, contrast, blur, noise) < 0:
+            raise ValueError(f"View settings out of range: {jitter=}, {across=}, {rotation=}, {contrast=}, {blur=}, {noise=}.")
+        if any(abs(s - SPACING_MM) > 1e-3 for s in store.spacing):
+            raise ValueError(f"{store.path}: has voxels of {store.spacing} mm; SAM sees 2 mm. Choose another store_dir.")
+        self.store, self.length, self.seed = store, length, seed
+        self.names = list(store.names if names is None else names)
+        if not self.names or (unknown := sorted(set(self.names) - set(store.names))):
+            raise ValueError(f"{store.path}: no scans to train on, or unknown ones: {unknown if self.names else ''}")
+        self.size = np.array(crop_size, dtype=int)
+        self.places, self.across = places, across
+        self.shared = [name for name in self.names if places is not None and name in places]
+        self.scale, self.rotation, self.jitter = (float(scale[0]), float(scale[1])), rotation, jitter
+        self.contrast, self.blur, self.noise = contrast, blur, noise
+        self.anchors, self.match_mm = anchors, match_mm
+        self.coarse_match_mm, self.coarse_match_z_mm = coarse_match_mm, coarse_match_z_mm
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Pair ``index``: two views stacked, their cells' positions, and matched cells.
+
+        Returns:
+            ``crop`` (2, 1, Z, Y, X); ``space`` int; for both levels (N cells, flattened z, y, x)
+            ``<level>_mm`` (2, N, 3), ``<level>_inside`` bool (2, N), ``<level>_match`` int64 (2, N or A, 2):
+            rows of (cell of this view, its counterpart in the other), -1 where there are fewer.
+        """
+        rng = np.random.default_rng([self.seed, index])
+        first = self.names[rng.integers(len(self.names))]
+        second = self._partner(first, rng)
+        voxels = self.store.body_voxels(first)
+        point = to_world(self.store.affine(first), voxels[rng.integers(len(voxels))])
+        points = [point, point]
+        if self.places is not None and second != first:
+            points[1] = self.places.find(second, self.places.at(first, point[None])[0])
+
+        item: dict[str, Any] = {"space": 0 if first in self.shared else 1 + self.names.index(first)}
+        looks = [self._draw_look(name, point, rng) for name, point in zip((first, second), points, strict=True)]
+        crops = [see(self.store, name, look, self.size) for name, look in zip((first, second), looks, strict=True)]
+        item["crop"] = torch.stack([hu_to_units(torch.from_numpy(crop))[None] for crop in crops])
+        for level in ("fine", "coarse"):
+            cells = [self._cells(name, look.affine, level) for name, look in zip((first, second), looks, strict=True)]
+            matches = [self._matches(level, cells[i], cells[1 - i], rng) for i in (0, 1)]
+            item[f"{level}_mm"] = torch.from_numpy(np.stack([c.places_mm for c in cells]).astype(np.float32))
+            item[f"{level}_inside"] = torch.from_numpy(np.stack([c.inside for c in cells]))
+            item[f"{level}_match"] = torch.from_numpy(np.stack(matches))
+        return item
+
+    def _partner(self, first: str, rng: np.random.Generator) -> str:
+        if first in self.shared and len(self.shared) > 1 and rng.random() < self.across:
+            others = [name for name in self.shared if name != first]
+            return others[rng.integers(len(others))]
+        return first
+
+    def _draw_look(self, name: str, point_mm: Array, rng: np.random.Generator) -> Look:
+        step_mm = SPACING_MM * rng.uniform(*self.scale)
+        extent_mm = self.size * step_mm
+        turn = rotation_matrix(np.deg2rad(rng.uniform(-self.rotation, self.rotation, 3)))
+        centre = point_mm + AXES @ (rng.uniform(-self.jitter, self.jitter, 3) * extent_mm)
+        centre = self._pull_in(name, centre, extent_mm, rng)
+        affine = np.eye(4)
+        affine[:3, :3] = turn @ AXES * step_mm
+        affine[:3, 3] = centre - affine[:3, :3] @ ((self.size - 1) / 2)
+        slopes = np.exp(self.contrast * rng.uniform(-0.6, 0.6, len(CURVE_HU) - 1))
+        curve = CURVE_HU[0] + np.r_[0.0, np.cumsum(slopes * np.diff(CURVE_HU))]
+        # bends are free, but water stays near 0 HU
+        curve += self.contrast * rng.uniform(-25, 25) - np.interp(0.0, CURVE_HU, curve)
+        return Look(
+            affine,
+            curve,
+            self.blur * rng.uniform() * (rng.random() < 0.5),
+            self.noise * rng.uniform() ** 2,
+            int(rng.integers(1 << 31)),
+        )
+
+    def _pull_in(self, name: str, centre_mm: Array, extent_mm: Array, rng: np.random.Generator) -> Array:
+        """Move a view's centre so that the view stays in its scan where the scan is large enough."""
+        affine, shape = self.store.affine(name), np.array(self.store.shape(name))
+        half = extent_mm / np.array(self.store.spacing) / 2
+        room = shape / 2 - half
+        low, high = shape / 2 - 0.5 - np.maximum(room, 0), shape / 2 - 0.5 + np.maximum(room, 0)
+        # a scan smaller than the view lies anywhere within it
+        slack = np.maximum(-room, 0) * rng.uniform(-0.5, 0.5, 3)
+        return to_world(affine, np.clip(to_voxels(affine, centre_mm), low, high) + slack)
+
+    def _cells(self, name: str, affine: Array, level: Level) -> Cells:
+        index = cell_indices(self.size, level)
+        points = to_world(affine, index[:, ::-1] * STRIDES_ZYX[level][::-1] + np.array(CENTRES_ZYX[level])[::-1])
+        voxels = to_voxels(self.store.affine(name), points)
+        inside = ((voxels >= -0.5) & (voxels <= np.array(self.store.shape(name)) - 0.5)).all(axis=1)
+        places = self.places.at(name, points) if self.places is not None and name in self.shared else points
+        return Cells(places, inside, inside & self._in_body(name, voxels))
+
+    def _in_body(self, name: str, voxels: Array) -> Array:
+        step = np.array(self.store.records[name].body_step)
+        body = self.store.body_voxels(name) // step
+        mask = np.zeros(np.maximum(body.max(axis=0), np.array(self.store.shape(name)) // step) + 1, dtype=bool)
+        mask[tuple(body.T)] = True
+        cell = np.clip(np.rint(voxels).astype(int) // step, 0, np.array(mask.shape) - 1)
+        return mask[tuple(cell.T)]
+
+    def _matches(self, level: Level, here: Cells, there: Cells, rng: np.random.Generator) -> Array:
+        """Rows (cell here, cell there) of a level; padded with -1 to a fixed number."""
+        if level == "fine":
+            found = matched_cells(here, there, self.match_mm, rng=rng, tried=2000)[: self.anchors]
+            rows = self.anchors
+        else:
+            found = matched_cells(here, there, self.coarse_match_mm, self.coarse_match_z_mm)
+            rows = len(here.inside)
+        return np.concatenate([found, np.full((rows - len(found), 2), -1)]).astype(np.int64)
+
+
+class Cells(NamedTuple):
+    """Cells of a feature map: where they are, which lie in the scan, and which in the body."""
+
+    places_mm: Array  # (N, 3)
+    inside: Array  # bool (N,)
+    body: Array  # bool (N,)
+
+
+def cell_indices(size_xyz: Sequence[int] | Array, level: Level) -> Array:
+    """Indices (N, 3), z, y, x, of all cells that SAM gives a volume of this size, in the maps' order."""
+    x, y, z = (int(n) for n in size_xyz)
+    z //= 2  # the pool rounds down, the convolutions up
+    y, x = -(-y // 2), -(-x // 2)
+    if level == "coarse":
+        z, y, x = -(-z // 2), -(-y // 8), -(-x // 8)
+    return np.stack(np.meshgrid(np.arange(z), np.arange(y), np.arange(x), indexing="ij"), -1).reshape(-1, 3)
+
+
+def matched_cells(
+    here: Cells,
+    there: Cells,
+    within_mm: float,
+    within_z_mm: float = np.inf,
+    rng: np.random.Generator | None = None,
+    tried: int | None = None,
+) -> Array:
+    """Cells of the body with a counterpart: (n, 2) rows of (cell here, the nearest cell there).
+
+    Args:
+        here, there: cells of both views, in one space.
+        within_mm, within_z_mm: how far the nearest cell may be, in all and along z.
+        rng: to take the cells in random order; None keeps the maps' order.
+        tried: how many cells to look at; None for all.
+    """
+    candidates, targets = np.flatnonzero(here.body), np.flatnonzero(there.inside)
+    if rng is not None:
+        candidates = rng.permutation(candidates)[:tried]
+    if not len(candidates) or not len(targets):
+        return np.empty((0, 2), dtype=np.int64)
+    distance, nearest = cKDTree(there.places_mm[targets]).query(here.places_mm[candidates])
+    apart_z = np.abs(there.places_mm[targets[nearest], 2] - here.places_mm[candidates, 2])
+    good = (distance < within_mm) & (apart_z < within_z_mm)
+    return np.stack([candidates[good], targets[nearest[good]]], axis=1)
+
+
+def see(store: VolumeStore, name: str, look: Look, size: Array) -> Array:
+    """A view of a scan: float32 (Z, Y, X) in HU, linear interpolation, air outside of the scan."""
+    to_store = np.linalg.inv(store.affine(name)) @ look.affine
+    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in size], indexing="ij"), -1).reshape(-1, 3)
+    reach = to_world(to_store, corners)
+    start = np.floor(reach.min(axis=0)).astype(int) - 1
+    box = np.ceil(reach.max(axis=0)).astype(int) + 2 - start
+    volume = torch.from_numpy(store.read_crop(name, start, box, fill=AIR_HU).astype(np.float32))  # (X, Y, Z)
+
+    index = [torch.arange(int(n), dtype=torch.float32) for n in size]
+    matrix, origin = torch.from_numpy(to_store[:3, :3]).float(), torch.from_numpy(to_store[:3, 3] - start).float()
+    grid_z, grid_y, grid_x = torch.meshgrid(index[2], index[1], index[0], indexing="ij")
+    place = torch.stack([grid_x, grid_y, grid_z], -1) @ matrix.T + origin  # voxels of the box
+    relative = (2 * place + 1) / torch.from_numpy(box).float() - 1
+    # grid_sample's last axis names the input's axes from the last to the first
+    view = F.grid_sample(volume[None, None], relative.flip(-1)[None], padding_mode="border", align_corners=False)
+    return paint(view[0, 0].numpy(), look)
+
+
+def paint(view_hu: Array, look: Look) -> Array:
+    """A view with its own contrast, sharpness and noise."""
+    bent = np.interp(view_hu, CURVE_HU, look.curve)
+    below, above = view_hu < CURVE_HU[0], view_hu > CURVE_HU[-1]
+    bent = np.where(below, view_hu + look.curve[0] - CURVE_HU[0], bent)
+    bent = np.where(above, view_hu + look.curve[-1] - CURVE_HU[-1], bent).astype(np.float32)
+    if look.blur > 0:
+        bent = gaussian_filter(bent, look.blur)
+    if look.noise > 0:
+        noise = np.random.default_rng(look.noise_seed).standard_normal(bent.shape, dtype=np.float32)
+        bent = bent + np.float32(look.noise) * noise
+    return bent
+
+
+def rotation_matrix(angles: Array) -> Array:
+    """Turns about x, y and z, in this order, by angles in radians."""
+    (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
+    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
+    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+    about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+    return about_z @ about_y @ about_x
+
+
+class PhantomPlaces:
+    """The space that phantoms share: their canonical coordinates, linear between samples 4 to 6 mm apart.
+
+    Args:
+        folder: as ``write_cohort`` leaves it, with its ``canonical`` maps.
+        store: built from it.
+
+    Raises:
+        ValueError: if the folder has no maps of the store's scans.
+    """
+
+    def __init__(self, folder: str, store: VolumeStore) -> None:
+        import nibabel as nib
+        from pathlib import Path
+
+        from custom.data.phantom import read_canonical
+
+        self.maps: dict[str, tuple[Tensor, Array]] = {}
+        for name in store.names:
+            path = Path(folder) / "canonical" / f"{name.removesuffix('_0000')}.npz"
+            image = Path(folder) / "images" / f"{name}.nii.gz"
+            if path.is_file() and image.is_file():
+                canonical = read_canonical(path)[::2, ::2, ::2]
+                affine = nib.load(image).affine @ np.diag([2.0, 2.0, 2.0, 1.0])
+                self.maps[name] = torch.from_numpy(np.ascontiguousarray(canonical)).permute(3, 0, 1, 2)[None], affine
+        if not self.maps:
+            raise ValueError(f"{folder}: no canonical maps of the scans in {store.path}. Write them: alice phantom.")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.maps
+
+    def at(self, name: str, points_mm: Array) -> Array:
+        """Coordinates (n, 3) in the shared space of points (n, 3) in world mm."""
+        canonical, affine = self.maps[name]
+        sizes = np.array(canonical.shape[2:])
+        relative = 2 * to_voxels(affine, points_mm) / (sizes - 1) - 1
+        grid = torch.from_numpy(relative[:, ::-1].copy()).float()[None, None, None]
+        values = F.grid_sample(canonical, grid, padding_mode="border", align_corners=True)
+        return values[0, :, 0, 0].T.numpy().astype(np.float64)
+
+    def find(self, name: str, place_mm: Array) -> Array:
+        """About where (within a sample) a place of the shared space lies in a scan: (3,), world mm."""
+        canonical, affine = self.maps[name]
+        some = canonical[0, :, ::2, ::2, ::2]
+        distance = (some - torch.from_numpy(np.asarray(place_mm)).float()[:, None, None, None]).square().sum(0)
+        voxel = 2 * np.array(np.unravel_index(int(distance.argmin()), distance.shape))
+        return to_world(affine, voxel)

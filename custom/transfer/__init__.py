@@ -1,0 +1,1 @@
+"""Weights in and out, whole or not at all."""

@@ -1,0 +1,314 @@
+"""Encoder weights out of a run and into stock networks: all of them, or an error that names each one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import monai
+import torch
+from monai.networks.nets import UNETR, ViT, ViTAutoEnc
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from custom.encoders.masked_vit import MaskedViT
+from custom.encoders.positions import resize_positions
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "alice-encoder-1"
+_POSITIONS = "patch_embedding.position_embeddings"
+_CONV, _LINEAR = "patch_embedding.patch_embeddings.weight", "patch_embedding.patch_embeddings.1.weight"
+
+
+class WeightsError(ValueError):
+    """Weights that do not fit, or a file that cannot be read; the message names every tensor or the file."""
+
+
+@dataclass
+class LoadReport:
+    """What ``load_encoder`` did. Printed, it is a table."""
+
+    path: str
+    network: str
+    loaded: list[str] = field(default_factory=list)
+    adapted: dict[str, str] = field(default_factory=dict)  # tensor -> how it was changed
+    unused: list[str] = field(default_factory=list)  # tensors that MONAI's forward pass never touches
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        wanted = (
+            "method",
+            "iterations",
+            "scans",
+            "spacing",
+            "window_hu",
+            "orientation",
+            "crop_size",
+            "monai_version",
+            "sha256",
+        )
+        rows = [
+            ("file", self.path),
+            ("network", self.network),
+            ("encoder tensors filled", f"{len(self.loaded)} of {len(self.loaded)} (100 %)"),
+            ("adapted", "; ".join(f"{k}: {v}" for k, v in self.adapted.items()) or "none"),
+            ("unused by MONAI, left out", str(len(self.unused))),
+            *((key, str(self.metadata[key])) for key in wanted if key in self.metadata),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def save_encoder(path: str | Path, encoder: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Write an encoder's state dict and what one must know to use it.
+
+    Args:
+        path: ``.safetensors``, or ``.pt`` for a plain state dict (with the metadata in a ``.json`` beside it).
+        encoder: a network with MONAI's keys.
+        metadata: plain values.
+
+    Returns:
+        The metadata as written, with format, versions and the sha256 of the weights.
+
+    Raises:
+        WeightsError: for another suffix, or if the file cannot be written.
+    """
+    path = Path(path)
+    state = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    # of everything in the summary, the version that wrote this file is the one that counts for its keys
+    metadata = {**metadata, "format": FORMAT, "monai_version": monai.__version__, "sha256": sha256_of(state)}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            save_file(state, temporary, metadata={"alice": json.dumps(metadata)})
+        elif path.suffix == ".pt":
+            torch.save(state, temporary)
+            path.with_suffix(".json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+        else:
+            raise WeightsError(
+                f"{path}: write to .safetensors or .pt, not {path.suffix or 'a name without suffix'}."
+            )
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(f"{path}: cannot be written ({error}).") from error
+    finally:
+        with contextlib.suppress(OSError):  # the folder itself may be what is missing
+            temporary.unlink(missing_ok=True)
+    return metadata
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict and metadata of a file that ``save_encoder`` wrote; nothing is unpickled but tensors.
+
+    Raises:
+        WeightsError: if the file is missing, damaged, altered, or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file. Make it with: alice export RUN --to {path.name}")
+    metadata: dict[str, Any] = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                metadata = json.loads((file.metadata() or {}).get("alice", "{}"))
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if (beside := path.with_suffix(".json")).is_file():
+                metadata = json.loads(beside.read_text(encoding="utf-8"))
+    except (
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        pickle.UnpicklingError,
+        json.JSONDecodeError,
+    ) as error:
+        raise WeightsError(f"{path}: not readable as weights ({str(error).splitlines()[0]}).") from error
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        kind = (
+            "a training checkpoint: use alice export RUN"
+            if isinstance(state, dict) and "student" in state
+            else "no state dict"
+        )
+        raise WeightsError(f"{path}: holds {kind}, not encoder weights.")
+    if "sha256" in metadata and sha256_of(state) != metadata["sha256"]:
+        raise WeightsError(f"{path}: the weights differ from their checksum. Copy or export the file again.")
+    return state, metadata
+
+
+def load_encoder(
+    network: nn.Module,
+    path: str | Path,
+    *,
+    interpolate_positions: bool = False,
+    adapt_channels: bool = False,
+    grid: Sequence[int] | None = None,
+    verbose: bool = True,
+) -> LoadReport:
+    """Fill every tensor of a network's encoder from a file, or raise and change nothing.
+
+    Args:
+        network: stock ``UNETR``, ``ViT`` or ``ViTAutoEnc``, or this package's encoders.
+        path: as ``alice export`` writes it.
+        interpolate_positions: resize the position table if the network has another token grid.
+        adapt_channels: repeat the first layer over more input channels, divided by their number.
+        grid: the network's tokens along x, y, z, where it does not know them itself (stock ViT).
+        verbose: print the report.
+
+    Returns:
+        What was loaded, adapted, and left out because MONAI never uses it.
+
+    Raises:
+        WeightsError: naming every missing, extra and mis-shaped tensor, and the argument that would help.
+    """
+    state, metadata = read_weights(path)
+    encoder, own_grid = _encoder_of(network)
+    wanted = _encoder_tensors(network, encoder)
+    report = LoadReport(str(path), type(network).__name__, metadata=metadata)
+
+    state, wanted = _without_unused(state, wanted, report)
+    _swap_embedding_layout(state, wanted, report)
+    fit = {
+        _POSITIONS: lambda t, w: _fit_positions(t, w, metadata, grid or own_grid, interpolate_positions),
+        _CONV: lambda t, w: _fit_channels(t, w, adapt_channels),
+    }
+    faults: list[str] = [
+        f"missing: {name} {tuple(wanted[name].shape)}" for name in wanted if name not in state
+    ]
+    faults += [f"extra: {name} {tuple(state[name].shape)}" for name in state if name not in wanted]
+    filled = {}
+    for name in (n for n in wanted if n in state):
+        fitted, how = fit[name](state[name], wanted[name]) if name in fit else (state[name], "")
+        if fitted is None or fitted.shape != wanted[name].shape:
+            shapes = f"{tuple(state[name].shape)} in the file, {tuple(wanted[name].shape)} here"
+            faults.append(f"shape: {name} is {shapes}{how}")
+            continue
+        if how:
+            report.adapted[name] = how
+        filled[name] = fitted
+    if faults:
+        listed = "\n  ".join(faults)
+        raise WeightsError(f"{path} does not fit {type(network).__name__}; nothing was loaded:\n  {listed}")
+    with torch.no_grad():
+        for name, tensor in filled.items():
+            wanted[name].copy_(tensor)
+    report.loaded = list(filled)
+    if verbose:
+        print(report)
+    return report
+
+
+def build_encoder(metadata: dict[str, Any]) -> nn.Module:
+    """The encoder that a file's metadata describes, with fresh weights.
+
+    Raises:
+        WeightsError: if the metadata names no network of ours.
+    """
+    kinds = {"MaskedViT": MaskedViT}
+    if metadata.get("network_type") not in kinds:
+        raise WeightsError(
+            f"The metadata names the network {metadata.get('network_type')!r}; known: {', '.join(kinds)}."
+        )
+    return kinds[metadata["network_type"]](**metadata["network"])
+
+
+def sha256_of(state: dict[str, Tensor]) -> str:
+    """Of names, shapes, types and bytes, in order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _encoder_of(network: nn.Module) -> tuple[nn.Module, tuple[int, ...] | None]:
+    """The part of a network that pre-training fills, and its token grid if it knows it."""
+    if isinstance(network, UNETR):
+        return network.vit, tuple(network.feat_size)
+    if isinstance(network, MaskedViT):
+        return network, network.grid
+    if isinstance(network, (ViT, ViTAutoEnc)):
+        return network, None
+    raise WeightsError(
+        f"{type(network).__name__} is no network that an encoder fits: use UNETR, ViT or ViTAutoEnc."
+    )
+
+
+def _encoder_tensors(network: nn.Module, encoder: nn.Module) -> dict[str, Tensor]:
+    decoder = ("conv3d_transpose",) if isinstance(network, ViTAutoEnc) else ()
+    classifier = ("cls_token", "classification_head")  # of a ViT that classifies; no part of the encoder
+    return {k: v for k, v in encoder.state_dict().items() if not k.startswith((*decoder, *classifier))}
+
+
+def _without_unused(
+    state: dict[str, Tensor], wanted: dict[str, Tensor], report: LoadReport
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Leave out cross-attention tensors: MONAI versions differ in having them, and a plain ViT never uses them."""
+    report.unused = sorted({k for k in (*state, *wanted) if "cross_attn" in k})
+    return ({k: v for k, v in d.items() if "cross_attn" not in k} for d in (state, wanted))  # type: ignore[return-value]
+
+
+def _swap_embedding_layout(state: dict[str, Tensor], wanted: dict[str, Tensor], report: LoadReport) -> None:
+    """A convolution with stride = kernel and MONAI's ``perceptron`` hold the same numbers in another order."""
+    bias = ".bias"
+    if _CONV in state and _LINEAR in wanted:
+        kernel = state.pop(_CONV)
+        state[_LINEAR] = kernel.permute(0, 2, 3, 4, 1).flatten(1)
+        state[_LINEAR.replace(".weight", bias)] = state.pop(_CONV.replace(".weight", bias))
+        report.adapted[_LINEAR] = "convolution written as MONAI's perceptron (exact)"
+    elif _LINEAR in state and _CONV in wanted:
+        channels, *patch = wanted[_CONV].shape[1:]
+        matrix = state.pop(_LINEAR)
+        if matrix.shape[1] == channels * patch[0] * patch[1] * patch[2]:
+            matrix = matrix.view(-1, *patch, channels).permute(0, 4, 1, 2, 3)
+        state[_CONV] = matrix
+        state[_CONV.replace(".weight", bias)] = state.pop(_LINEAR.replace(".weight", bias))
+        report.adapted[_CONV] = "perceptron written as a convolution (exact)"
+
+
+def _fit_positions(
+    table: Tensor, wanted: Tensor, metadata: dict[str, Any], grid: Sequence[int] | None, allowed: bool
+) -> tuple[Tensor | None, str]:
+    settings = metadata.get("network", {})
+    if "img_size" not in settings:
+        return table, ""
+    from_grid = [s // p for s, p in zip(settings["img_size"], settings["patch_size"], strict=True)]
+    if grid is None:
+        same = table.shape == wanted.shape
+        return (
+            table,
+            ""
+            if same
+            else f" (token grid {from_grid} in the file: pass grid= and interpolate_positions=True)",
+        )
+    if list(grid) == from_grid:
+        return table, ""
+    if not allowed:
+        # equal counts on unlike grids (12x12x4 and 8x8x9) must not pass for the same table
+        return (
+            None,
+            f" (token grid {from_grid} in the file, {list(grid)} here: pass interpolate_positions=True)",
+        )
+    return resize_positions(table, from_grid, grid), f"interpolated from grid {from_grid} to {list(grid)}"
+
+
+def _fit_channels(kernel: Tensor, wanted: Tensor, allowed: bool) -> tuple[Tensor, str]:
+    if kernel.ndim != 5 or kernel.shape[1] == wanted.shape[1] or kernel.shape[1] != 1:
+        return kernel, ""
+    if not allowed:
+        return kernel, " (pass adapt_channels=True to repeat the one input channel)"
+    channels = wanted.shape[1]
+    return kernel.expand(-1, channels, -1, -1, -1) / channels, f"1 input channel repeated over {channels}"

@@ -1,0 +1,303 @@
+"""The bundle as its users run it: from the YAML, from another directory, killed, resumed, and on two processes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, write_scan
+from monai.bundle import ConfigParser
+from monai.networks.nets import UNETR
+
+from custom.alice.checkpoint import checkpoints_of, load_checkpoint
+from custom.alice.run_folder import load_run
+from custom.alice.run_log import read_log
+from custom.preflight import check_keys
+from custom.transfer.encoder_weights import load_encoder
+
+BUNDLE = REPO / "bundles" / "alice_pretrain"
+CONFIGS = BUNDLE / "configs"
+TINY = {
+    "crop_size": "[32,32,16]", "spacing": "[3.0,3.0,4.0]", "network_def::hidden_size": 48, "network_def::mlp_dim": 96,
+    "network_def::num_heads": 4, "student_def::decoder_width": 48, "student_def::head_width": 64, "iterations": 6,
+    "batch_size": 2, "warmup": 2, "held_back_patients": 2, "checkpoint_every": 2, "monitor_every": 3, "probe_every": 3,
+}  # fmt: skip
+
+
+def command(dataset, output, *extra_configs, launcher=("-m", "monai.bundle"), **settings):
+    files = [str(CONFIGS / f) for f in ("train.yaml", "smoke.yaml", *extra_configs)]
+    words = [
+        sys.executable,
+        *launcher,
+        "run",
+        "--config_file",
+        str(files),
+        "--dataset_dir",
+        str(dataset),
+        "--output_dir",
+        str(output),
+    ]
+    for key, value in (TINY | settings).items():
+        words += [f"--{key}", str(value)]
+    return words
+
+
+def run(words, cwd, check=True):
+    done = subprocess.run(
+        words, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
+    )
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def losses(folder):
+    return [
+        tuple(line[k] for k in ("step", "total", "l_r", "l_dv", "l_st", "grad_norm"))
+        for line in read_log(folder)
+        if line["step"]
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(scans, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elsewhere")
+    run(command(scans, folder / "run", workers=1), cwd=folder)
+    return folder / "run"
+
+
+def test_a_run_leaves_checkpoints_log_and_an_encoder_for_stock_unetr(finished, tmp_path):
+    assert [p.name for p in checkpoints_of(finished / "checkpoints")] == [
+        "iteration_00000004.pt",
+        "iteration_00000006.pt",
+    ]
+    lines = read_log(finished)
+    assert [line["step"] for line in lines] == list(range(7)) and "probe/retrieval" in lines[0]
+    assert list((finished / "tensorboard").glob("events*"))
+    run(
+        [
+            sys.executable,
+            "-m",
+            "custom.cli",
+            "export",
+            str(finished),
+            "--to",
+            str(tmp_path / "e.safetensors"),
+        ],
+        cwd=tmp_path,
+    )
+    unetr = UNETR(1, 2, (32, 32, 16), feature_size=4, hidden_size=48, mlp_dim=96, num_heads=4).eval()
+    report = load_encoder(unetr, tmp_path / "e.safetensors", verbose=False)
+    assert report.metadata["trained_iterations"] == 6 and report.metadata["spacing"] == [3.0, 3.0, 4.0]
+    volume = torch.rand(1, 1, 32, 32, 16)
+    student = load_run(finished).student
+    torch.testing.assert_close(unetr.vit(volume)[0], student.encoder(volume).tokens, atol=1e-5, rtol=0)
+
+
+def test_chores_on_a_run_work_from_the_command_line(finished, tmp_path):
+    done = run([sys.executable, "-m", "custom.cli", "probe", str(finished)], cwd=tmp_path)
+    rows = json.loads(done.stdout.strip().splitlines()[-1])
+    assert set(rows) == {"untrained", "step 6"} and 0 <= rows["step 6"]["retrieval"] <= 1
+    run([sys.executable, "-m", "custom.cli", "picture", str(finished), str(tmp_path / "p.png")], cwd=tmp_path)
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+    refused = run([sys.executable, "-m", "custom.cli", "export", str(tmp_path)], cwd=tmp_path, check=False)
+    assert refused.returncode == 1 and refused.stderr.strip().endswith(
+        f"(looked into {tmp_path / 'checkpoints'})."
+    )
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_run_killed_midway_resumes_to_the_bit(scans, finished, tmp_path):
+    words = command(scans, tmp_path / "run", workers=1, store_dir=finished / "store")
+    process = subprocess.Popen(
+        words,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while (
+        not (tmp_path / "run" / "checkpoints" / "iteration_00000002.pt").is_file()
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    stopped = max(load_checkpoint(p)["iteration"] for p in checkpoints_of(tmp_path / "run" / "checkpoints"))
+    assert 2 <= stopped < 6
+    run(words, cwd=tmp_path)
+    assert losses(tmp_path / "run") == losses(finished)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_over_the_same_global_batch(scans, finished, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle")
+    shared = {"store_dir": finished / "store", "workers": 0}
+    first = command(
+        scans, tmp_path / "two", "multi_gpu.yaml", launcher=torchrun, **shared, iterations=4, warmup=0
+    )
+    run(command(scans, tmp_path / "one", **shared, batch_size=4, iterations=4, warmup=0), cwd=tmp_path)
+    run(first, cwd=tmp_path)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two) == 4
+    np.testing.assert_allclose(one, two, rtol=2e-5, atol=1e-5)
+    weights = [
+        load_checkpoint(tmp_path / name / "checkpoints" / "iteration_00000004.pt") for name in ("one", "two")
+    ]
+    for part in ("student", "teacher"):
+        for name, tensor in weights[0][part].items():
+            torch.testing.assert_close(
+                tensor, weights[1][part][name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    # saved once, and it resumes: the first half again, then on
+    for path in (tmp_path / "two" / "checkpoints").glob("*4.pt"):
+        path.unlink()
+    run(first, cwd=tmp_path)
+    np.testing.assert_allclose(losses(tmp_path / "two"), two, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"dataset_dirr": "x"}, "'dataset_dirr' is no setting of this config. Did you mean 'dataset_dir'?"),
+        ({"dataset_dir": "/nowhere", "store_dir": "empty"}, "/nowhere: no such folder or datalist"),
+        ({"crop_size": "[32,40,16]"}, "y = 40 is not a multiple of the patch (16): take 32 or 48"),
+        ({"similarity": "cosin"}, "similarity must be one of cosine, dino, infonce; got 'cosin'"),
+        ({"hidden_ratio": 1.0}, "hidden_ratio must be in [0, 1), got 1.0"),
+        ({"aligner": "guess"}, "aligner must be one of"),
+    ],
+)  # fmt: skip
+def test_bad_settings_end_in_one_line(scans, finished, tmp_path, settings, message):
+    words = command(scans, tmp_path / "run", **({"store_dir": finished / "store", "workers": 0} | settings))
+    done = run(words, cwd=tmp_path, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("alice: ") and message in last
+    assert "Traceback" not in done.stderr and not list((tmp_path / "run").rglob("*.pt"))
+
+
+def test_every_override_names_a_key_of_train_yaml():
+    complete = ConfigParser.load_config_file(CONFIGS / "train.yaml")
+    for name in ("smoke.yaml", "multi_gpu.yaml"):
+        check_keys(complete, ConfigParser.load_config_file(CONFIGS / name), name)
+
+
+def test_every_switch_of_the_method_can_be_reached_by_name():
+    complete = ConfigParser.load_config_file(CONFIGS / "train.yaml")
+    switches = {
+        "similarity", "predictor", "alignment", "casa_teacher", "pooled_from", "teacher_has_decoder", "reconstruction", "masking",
+        "hidden_ratio", "skip_empty", "weight_r", "weight_dv", "weight_st", "ema_momentum", "weight_decay", "final_weight_decay", "betas", "warmup",
+        "iterations", "learning_rate", "clip", "clip_each", "queue_length", "max_redraws", "aligner", "crop_size", "spacing", "window_hu",
+        "view_rotation", "view_flip", "view_scale", "view_shift", "view_noise", "view_zoom", "amp", "accumulate", "resume", "seed",
+    }  # fmt: skip
+    assert switches <= set(complete)
+
+
+def test_the_papers_settings_are_the_default():
+    parser = ConfigParser(ConfigParser.load_config_file(CONFIGS / "train.yaml"))
+    paper = {
+        "crop_size": [192, 192, 64],
+        "batch_size": 8,
+        "learning_rate": 5e-5,
+        "iterations": 100_000,
+        "betas": [0.9, 0.95],
+        "hidden_ratio": 0.75,
+    }
+    assert {k: parser[k] for k in paper} == paper
+    vit = parser["network_def"]
+    assert (vit["hidden_size"], vit["num_layers"], vit["num_heads"], vit["mlp_dim"], vit["patch_size"]) == (
+        768,
+        12,
+        12,
+        3072,
+        16,
+    )
+
+
+def test_metadata_meets_the_schema_and_pins_exact_versions():
+    metadata = json.loads((CONFIGS / "metadata.json").read_text())
+    required = {
+        "schema",
+        "version",
+        "monai_version",
+        "pytorch_version",
+        "numpy_version",
+        "required_packages_version",
+        "task",
+        "description",
+        "authors",
+        "copyright",
+        "network_data_format",
+    }
+    assert required <= set(metadata) and metadata["version"] in metadata["changelog"]
+    pins = dict(re.findall(r"^([\w.\-]+)==(\S+)$", (REPO / "constraints.txt").read_text(), re.M))
+    known = {k.lower().replace("_", "-"): v for k, v in pins.items()}
+    for name, version in metadata["required_packages_version"].items():
+        assert known[name.lower().replace("_", "-")] == version, name
+    assert (
+        known["monai"] == metadata["monai_version"]
+        and known["torch"] == metadata["pytorch_version"]
+        and known["numpy"] == metadata["numpy_version"]
+    )
+    for direction in ("inputs", "outputs"):
+        for tensor in metadata["network_data_format"][direction].values():
+            assert {"type", "format", "num_channels", "spatial_shape", "dtype", "value_range"} <= set(tensor)
+
+
+def test_metadata_validates_against_monais_schema(real_data):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = real_data.parent / "tools" / "schema" / "meta_schema_20240725.json"
+    jsonschema.validate(json.loads((CONFIGS / "metadata.json").read_text()), json.loads(schema.read_text()))
+
+
+def test_the_bundle_has_the_zoos_files_none_too_large():
+    for name in (
+        "LICENSE",
+        "configs/metadata.json",
+        "configs/train.yaml",
+        "configs/inference.yaml",
+        "configs/logging.conf",
+        "docs/README.md",
+        "docs/data_license.txt",
+    ):
+        assert (BUNDLE / name).is_file(), name
+    assert all(p.stat().st_size <= 25 * 2**20 for p in BUNDLE.rglob("*") if p.is_file())
+
+
+def test_inference_turns_a_scan_into_a_placed_feature_map(finished, tmp_path):
+    write_scan(tmp_path / "scans" / "one.nii.gz", 3)
+    (tmp_path / "scans" / "one_label.nii.gz").unlink()
+    run(
+        [sys.executable, "-m", "custom.cli", "export", str(finished), "--to", str(tmp_path / "model.pt")],
+        cwd=tmp_path,
+    )
+    words = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(CONFIGS / "inference.yaml"), "--dataset_dir", str(tmp_path / "scans"),
+             "--output_dir", str(tmp_path / "out"), "--weights", str(tmp_path / "model.pt"), "--crop_size", "[32,32,16]",
+             "--network_def::encoder::hidden_size", "48", "--network_def::encoder::mlp_dim", "96", "--network_def::encoder::num_heads", "4"]  # fmt: skip
+    run(words, cwd=tmp_path)
+    image = nib.load(next(Path(tmp_path / "out").rglob("*features.nii.gz")))
+    scan = nib.load(tmp_path / "scans" / "one.nii.gz")
+    assert image.shape[3] == 48 and np.isfinite(image.get_fdata()).all()
+    np.testing.assert_allclose(image.header.get_zooms()[:3], (48.0, 48.0, 64.0))
+    np.testing.assert_allclose(
+        image.affine[:3, 3], scan.affine[:3, :3] @ np.full(3, 7.5) + scan.affine[:3, 3], atol=1e-3
+    )
+
+
+@pytest.mark.slow
+def test_real_abdomen_chest_and_head_and_neck_pre_train_together(real_data, tmp_path):
+    done = run(
+        command(real_data, tmp_path / "run", iterations=3, warmup=1, probe_every=100, workers=0), cwd=tmp_path
+    )
+    report = json.loads((tmp_path / "run" / "store" / "report.json").read_text())
+    assert len(report["taken"]) == 84 and all("mr" in name for name in report["refused"])
+    assert len(losses(tmp_path / "run")) == 3 and "Traceback" not in done.stderr

@@ -1,0 +1,198 @@
+import pytest
+import torch
+from conftest import TINY_VIT
+from monai.networks.nets import UNETR, ViT, ViTAutoEnc
+from safetensors.torch import load_file, save_file
+
+from custom.encoders.masked_vit import MaskedViT
+from custom.transfer.encoder_weights import (
+    WeightsError,
+    build_encoder,
+    load_encoder,
+    read_weights,
+    save_encoder,
+)
+
+SIZE = (32, 48, 16)
+UNETR_12 = {
+    "in_channels": 1,
+    "out_channels": 3,
+    "img_size": SIZE,
+    "feature_size": 4,
+    "hidden_size": 48,
+    "mlp_dim": 96,
+    "num_heads": 4,
+}
+
+
+def encoder(**kwargs):
+    torch.manual_seed(0)
+    return MaskedViT(**(TINY_VIT | {"num_layers": 12} | kwargs)).eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    net = encoder()
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(
+        path, net, {"network_type": "MaskedViT", "network": net.settings, "spacing": [1.5, 1.5, 2.0]}
+    )
+    return net, path
+
+
+def test_stock_unetr_is_filled_whole_and_gives_the_same_features(saved, capsys):
+    net, path = saved
+    unetr = UNETR(**UNETR_12).eval()
+    report = load_encoder(unetr, path)
+    volume = torch.rand(2, 1, *SIZE)
+    torch.testing.assert_close(unetr.vit(volume)[0], net(volume)[0], rtol=0, atol=1e-5)
+    for own, stock in zip(net(volume)[1], unetr.vit(volume)[1], strict=True):
+        torch.testing.assert_close(own, stock, rtol=0, atol=1e-5)
+    used = {k for k in unetr.vit.state_dict() if "cross_attn" not in k}
+    assert set(report.loaded) == used
+    assert "100 %" in capsys.readouterr().out and report.metadata["spacing"] == [1.5, 1.5, 2.0]
+
+
+def test_the_exported_file_loads_strictly_into_monais_vit(saved):
+    net, path = saved
+    stock = ViT(**(TINY_VIT | {"num_layers": 12}))
+    stock.load_state_dict(load_file(path), strict=True)
+    load_encoder(ViT(**(TINY_VIT | {"num_layers": 12})), path, verbose=False)
+
+
+def test_an_autoencoder_takes_the_encoder_and_keeps_its_decoder(saved):
+    net, path = saved
+    auto = ViTAutoEnc(1, SIZE, 16, hidden_size=48, mlp_dim=96, num_layers=12, num_heads=4).eval()
+    before = {k: v.clone() for k, v in auto.state_dict().items() if k.startswith("conv3d_transpose")}
+    load_encoder(auto, path, verbose=False)
+    assert all(torch.equal(v, auto.state_dict()[k]) for k, v in before.items())
+    torch.testing.assert_close(auto(torch.ones(1, 1, *SIZE))[1][-1], net(torch.ones(1, 1, *SIZE))[1][-1])
+
+
+@pytest.mark.parametrize("ours, theirs", [("conv", "perceptron"), ("perceptron", "conv")])
+def test_either_patch_embedding_takes_the_others_weights_exactly(tmp_path, ours, theirs):
+    net = encoder(proj_type=ours)
+    save_encoder(tmp_path / "e.safetensors", net, {"network": net.settings})
+    unetr = UNETR(**UNETR_12, proj_type=theirs).eval()
+    report = load_encoder(unetr, tmp_path / "e.safetensors", verbose=False)
+    volume = torch.rand(1, 1, *SIZE)
+    torch.testing.assert_close(unetr.vit(volume)[0], net(volume)[0], rtol=0, atol=2e-5)
+    assert "exact" in next(iter(report.adapted.values()))
+
+
+def test_every_missing_extra_and_misshaped_tensor_is_named_and_nothing_is_changed(saved, tmp_path):
+    net, path = saved
+    state = load_file(path)
+    del state["blocks.3.mlp.linear1.weight"]
+    state["surplus"] = torch.zeros(2)
+    state["norm.weight"] = torch.zeros(7)
+    save_file(state, tmp_path / "bad.safetensors")
+    unetr = UNETR(**UNETR_12)
+    before = {k: v.clone() for k, v in unetr.state_dict().items()}
+    with pytest.raises(WeightsError, match="nothing was loaded") as caught:
+        load_encoder(unetr, tmp_path / "bad.safetensors")
+    for line in (
+        "missing: blocks.3.mlp.linear1.weight (96, 48)",
+        "extra: surplus (2,)",
+        "shape: norm.weight is (7,) in the file, (48,) here",
+    ):
+        assert line in str(caught.value)
+    assert all(torch.equal(v, before[k]) for k, v in unetr.state_dict().items())
+
+
+def test_another_token_grid_is_refused_unless_interpolation_is_asked_for(saved):
+    _, path = saved
+    other = UNETR(**(UNETR_12 | {"img_size": (48, 48, 32)}))
+    with pytest.raises(
+        WeightsError, match=r"grid \[2, 3, 1\] in the file, \[3, 3, 2\] here: pass interpolate_positions"
+    ):
+        load_encoder(other, path)
+    report = load_encoder(other, path, interpolate_positions=True, verbose=False)
+    assert "interpolated from grid" in report.adapted["patch_embedding.position_embeddings"]
+
+
+def test_equal_counts_on_unlike_grids_do_not_pass_for_the_same_table(saved):
+    """2x3x1 and 3x2x1 both have six tokens."""
+    _, path = saved
+    turned = UNETR(**(UNETR_12 | {"img_size": (48, 32, 16)}))
+    with pytest.raises(WeightsError, match="pass interpolate_positions"):
+        load_encoder(turned, path)
+
+
+def test_a_stock_vit_of_another_size_says_that_it_needs_its_grid(saved):
+    _, path = saved
+    vit = ViT(**(TINY_VIT | {"num_layers": 12, "img_size": (48, 48, 32)}))
+    with pytest.raises(WeightsError, match="pass grid="):
+        load_encoder(vit, path)
+    load_encoder(vit, path, grid=(3, 3, 2), interpolate_positions=True, verbose=False)
+
+
+def test_input_channels_are_repeated_only_when_asked(saved):
+    net, path = saved
+    two = UNETR(**(UNETR_12 | {"in_channels": 2})).eval()
+    with pytest.raises(WeightsError, match="pass adapt_channels=True"):
+        load_encoder(two, path)
+    load_encoder(two, path, adapt_channels=True, verbose=False)
+    volume = torch.rand(1, 1, *SIZE)
+    torch.testing.assert_close(
+        two.vit(volume.expand(-1, 2, -1, -1, -1))[0], net(volume)[0], atol=1e-5, rtol=0
+    )
+
+
+def test_weights_of_older_monai_without_or_with_cross_attention_load(saved, tmp_path):
+    """MONAI 1.3 lacks norm_cross_attn; 1.4 to 1.5 carry an unused cross_attn (spec, monai.md)."""
+    net, path = saved
+    state = load_file(path)
+    save_file({k: v for k, v in state.items() if "cross_attn" not in k}, tmp_path / "v13.safetensors")
+    save_file(state | {"blocks.0.cross_attn.to_q.weight": torch.zeros(48, 48)}, tmp_path / "v14.safetensors")
+    for name in ("v13", "v14"):
+        unetr = UNETR(**UNETR_12).eval()
+        load_encoder(unetr, tmp_path / f"{name}.safetensors", verbose=False)
+        torch.testing.assert_close(
+            unetr.vit(torch.ones(1, 1, *SIZE))[0], net(torch.ones(1, 1, *SIZE))[0], atol=1e-5, rtol=0
+        )
+
+
+def test_a_plain_model_pt_carries_the_same_weights(saved, tmp_path):
+    net, _ = saved
+    save_encoder(tmp_path / "model.pt", net, {"network_type": "MaskedViT", "network": net.settings})
+    state, metadata = read_weights(tmp_path / "model.pt")
+    assert metadata["sha256"] and set(state) == set(net.state_dict())
+    twin = build_encoder(metadata)
+    twin.load_state_dict(state)
+
+
+def test_altered_damaged_missing_and_foreign_files_are_refused(saved, tmp_path):
+    _, path = saved
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 0xFF
+    (tmp_path / "altered.safetensors").write_bytes(content)
+    with pytest.raises(WeightsError, match="differ from their checksum"):
+        read_weights(tmp_path / "altered.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(content[:1000])
+    with pytest.raises(WeightsError, match="cut.safetensors: not readable"):
+        read_weights(tmp_path / "cut.safetensors")
+    with pytest.raises(WeightsError, match="no such file"):
+        read_weights(tmp_path / "none.safetensors")
+    torch.save({"student": {}, "format": "x"}, tmp_path / "iteration_00000001.pt")
+    with pytest.raises(WeightsError, match="training checkpoint: use alice export"):
+        read_weights(tmp_path / "iteration_00000001.pt")
+    with pytest.raises(WeightsError, match=r"write to .safetensors or .pt"):
+        save_encoder(tmp_path / "e.bin", encoder(), {})
+    with pytest.raises(WeightsError, match="Conv3d is no network"):
+        load_encoder(torch.nn.Conv3d(1, 1, 1), path)
+
+
+def test_nothing_but_tensors_is_ever_unpickled(tmp_path):
+    import argparse
+
+    torch.save({"args": argparse.Namespace(x=1)}, tmp_path / "evil.pt")
+    with pytest.raises(WeightsError, match="not readable as weights"):
+        read_weights(tmp_path / "evil.pt")
+
+
+def test_a_failed_write_leaves_no_file(tmp_path):
+    target = tmp_path / "folder" / "e.safetensors"
+    (tmp_path / "folder").write_text("a file where a folder should be")
+    with pytest.raises(WeightsError, match="cannot be written"):
+        save_encoder(target, encoder(), {})

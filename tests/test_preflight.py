@@ -1,0 +1,74 @@
+import subprocess
+import sys
+
+import pytest
+
+from custom.data.scans import ScanError, list_scans
+from custom.preflight import ConfigKeyError, check_keys, command_line, plain_message, preflight
+
+COMPLETE = {
+    "lr": 1.0,
+    "net": {"_target_": "x.Net", "width": 3},
+    "train": {"handlers": [{"_target_": "H", "every": 2}]},
+}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "lr",
+        "net::width",
+        "net#depth",
+        "train::handlers::0::every",
+        "+train::handlers",
+        "train::handlers::0::new",
+    ],
+)
+def test_keys_that_exist_and_new_arguments_of_objects_pass(key):
+    check_keys(COMPLETE, {key: 1}, "here")
+
+
+@pytest.mark.parametrize(
+    "key, message",
+    [
+        ("lrr", "'lrr' is no setting.*mean 'lr'"),
+        ("net::width::deep", "no setting"),
+        ("train::handler", "mean 'handlers'"),
+        ("train::handlers::3", "no setting"),
+        ("nett::width", "mean 'net'"),
+    ],
+)
+def test_misspelt_keys_are_named_with_what_was_meant(key, message):
+    with pytest.raises(ConfigKeyError, match=f"here: .*{message}"):
+        check_keys(COMPLETE, {key: 1}, "here")
+
+
+def test_a_command_line_is_read_as_fire_reads_it():
+    words = ["run", "--config_file", "a.yaml", "--lr=3", "--flag", "--net::width", "-1"]
+    assert command_line(words) == {"config_file": "a.yaml", "lr": "3", "flag": "", "net::width": "-1"}
+
+
+def test_another_programs_command_line_is_not_judged():
+    preflight(["pytest", "--whatever", "1"])
+
+
+def test_only_our_own_errors_are_said_in_one_line(tmp_path):
+    try:
+        try:
+            list_scans(tmp_path / "nowhere")
+        except ScanError as error:
+            raise RuntimeError("wrapped by MONAI") from error
+    except RuntimeError as wrapped:
+        assert plain_message(wrapped).endswith("Set dataset_dir to a folder of scans or a JSON.")
+    try:
+        int("x")
+    except ValueError as foreign:
+        assert plain_message(foreign) is None
+
+
+def test_an_uncaught_error_of_ours_ends_a_program_with_one_line():
+    code = "from custom.preflight import speak_plainly; speak_plainly(); from custom.data.scans import list_scans; list_scans('/nowhere')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip().splitlines() == [
+        "alice: /nowhere: no such folder or datalist. Set dataset_dir to a folder of scans or a JSON."
+    ]

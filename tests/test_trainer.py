@@ -1,0 +1,283 @@
+"""The engine: schedules by hand, exact resume, refusals."""
+
+import math
+import os
+import signal
+
+import pytest
+import torch
+from conftest import TINY_VIT
+
+from custom.alice.branch import StudentBranch
+from custom.alice.checkpoint import (
+    CheckpointError,
+    checkpoints_of,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from custom.alice.losses import AliceLoss
+from custom.alice.monitors import Monitors, ProbeHandler, effective_rank, embedding_std, mean_cosine
+from custom.alice.run_log import LeaveOnSignal, RunLog, read_log
+from custom.alice.schedules import cosine_ramp, decay_groups, linear_ramp, scaled_rate, warmup_cosine
+from custom.alice.trainer import AliceTrainer, NonFiniteLoss, Schedule
+from custom.data.pairs import PairDataset, pair_loader
+from custom.data.views import Masking, TargetView
+from custom.encoders.masked_vit import MaskedViT
+from custom.encoders.tokens import token_encoder
+from custom.landmarks.aligners import CoordinateAligner
+
+
+def make_trainer(
+    store, run_dir, steps=6, batch=2, seed=0, handlers=(), similarity="cosine", width=48, **kwargs
+):
+    torch.manual_seed(seed)
+    network = MaskedViT(**(TINY_VIT | {"hidden_size": width, "dropout_rate": 0.1}), pos_embed_type="sincos")
+    student = StudentBranch(
+        token_encoder(network), decoder_width=48, decoder_depth=1, decoder_heads=4, head_width=64, bottleneck=32,
+        prototypes=32 if similarity == "dino" else None, casa_teacher="ema",
+    )  # fmt: skip
+    pairs = PairDataset(store, CoordinateAligner(store), (32, 48, 16), seed=seed)
+    return AliceTrainer(
+        device="cpu",
+        student=student,
+        teacher=student.make_teacher(),
+        loss=AliceLoss((16, 16, 16), similarity, width=student.head.out_width),
+        optimizer=torch.optim.AdamW(decay_groups(student, 0.05), lr=1.0, betas=(0.9, 0.95)),
+        loader=pair_loader(pairs, batch, steps, kwargs.pop("workers", 0)),
+        schedule=kwargs.pop("schedule", Schedule(steps, 1e-3, warmup=min(2, steps), momentum=0.9)),
+        masking=Masking(0.5),
+        view=TargetView(store.spacing),
+        run_dir=run_dir,
+        seed=seed,
+        train_handlers=[*handlers, RunLog(run_dir)],
+        **kwargs,
+    )
+
+
+def losses(folder):
+    return [
+        (line["step"], line["total"], line["l_r"], line["l_dv"], line["l_st"], line["grad_norm"])
+        for line in read_log(folder)
+    ]
+
+
+def test_schedules_by_hand():
+    rates = [warmup_cosine(s, 10, 2.0, 4, 0.2) for s in range(11)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[7] == pytest.approx(0.2 + 1.8 * 0.5) and rates[4] == 2.0 and rates[10] == pytest.approx(0.2)
+    assert cosine_ramp(0, 8, 0.996, 1.0) == pytest.approx(0.996) and cosine_ramp(8, 8, 0.996, 1.0) == 1.0
+    assert cosine_ramp(4, 8, 0.996, 1.0) == pytest.approx(0.998)
+    assert cosine_ramp(2, 8, 0.0, 1.0) == pytest.approx(0.5 * (1 - math.cos(math.pi / 4)))
+    assert [linear_ramp(s, 2, 4) for s in range(8)] == [0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert scaled_rate(5e-5, 8) == pytest.approx(6.25e-6)
+
+
+def test_matrices_decay_and_the_rest_does_not():
+    student = StudentBranch(token_encoder(MaskedViT(**TINY_VIT)), 48, 1, 4, 64, 32)
+    decayed, spared = decay_groups(student, 0.05)
+    assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0.0
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    tokens = {id(student.decoder.mask_token), id(student.encoder.encoder.patch_embedding.position_embeddings)}
+    assert tokens <= {id(p) for p in spared["params"]}
+    assert sum(len(g["params"]) for g in (decayed, spared)) == sum(
+        p.requires_grad for p in student.parameters()
+    )
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dino"])
+def test_a_resumed_run_goes_on_to_the_bit(store, tmp_path, similarity):
+    whole = make_trainer(store, tmp_path / "whole", similarity=similarity)
+    whole.run()
+    make_trainer(
+        store,
+        tmp_path / "cut",
+        similarity=similarity,
+        checkpoint_every=2,
+        steps_per_epoch=4,
+        handlers=[StopAt(3)],
+    ).run()
+    assert [p.name for p in checkpoints_of(tmp_path / "cut" / "checkpoints")] == [
+        "iteration_00000002.pt",
+        "iteration_00000003.pt",
+    ]
+    resumed = make_trainer(
+        store, tmp_path / "cut", similarity=similarity, checkpoint_every=2, steps_per_epoch=4, workers=1
+    )
+    resumed.run()
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 6
+    for name, tensor in whole.teacher.state_dict().items():
+        assert torch.equal(tensor, resumed.teacher.state_dict()[name]), name
+
+
+class StopAt:
+    def __init__(self, step, act=None):
+        self.step, self.act = step, act
+
+    def attach(self, engine):
+        from ignite.engine import Events
+
+        engine.add_event_handler(
+            Events.ITERATION_COMPLETED(once=self.step), self.act or (lambda e: e.terminate())
+        )
+
+
+def test_a_finished_run_does_nothing_and_a_cut_log_line_is_dropped(store, tmp_path):
+    make_trainer(store, tmp_path, steps=2).run()
+    before = (tmp_path / "log.jsonl").read_text()
+    make_trainer(store, tmp_path, steps=2).run()
+    assert (tmp_path / "log.jsonl").read_text() == before
+    (tmp_path / "log.jsonl").write_text(before + '{"step": 3, "tot')
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2]
+
+
+def test_every_loss_is_lower_after_training_on_one_batch(store, tmp_path):
+    trainer = make_trainer(store, tmp_path, steps=40, schedule=Schedule(40, 2e-3, warmup=4, momentum=0.9))
+    batch = next(iter(trainer.data_loader))
+    trainer.data_loader.dataset.__class__ = type(
+        "Same", (PairDataset,), {"__getitem__": lambda self, i: super(type(self), self).__getitem__(i % 2)}
+    )
+    trainer.run()
+    first, last = read_log(tmp_path)[0], read_log(tmp_path)[-1]
+    assert last["l_r"] < first["l_r"] and last["l_dv"] < first["l_dv"] and last["l_st"] < first["l_st"]
+    assert batch["crop_q"].shape == (2, 1, 32, 48, 16)
+
+
+def test_parts_of_a_batch_give_the_whole_batchs_gradient(store, tmp_path):
+    gradients = []
+    for accumulate in (1, 2):
+        trainer = make_trainer(
+            store, tmp_path / str(accumulate), steps=1, batch=4, accumulate=accumulate, clip=None
+        )
+        trainer.student.eval()
+        for module in trainer.student.modules():
+            module.train = lambda mode=True, module=module: module  # no dropout: its draws depend on shapes
+        trainer.run()
+        gradients.append([p.grad for p in trainer.student.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="must divide the batch of 4"):
+        make_trainer(store, tmp_path / "x", batch=4, accumulate=3)
+
+
+def test_a_non_finite_loss_names_term_and_scans_and_keeps_the_last_checkpoint(store, tmp_path):
+    def poison(engine):
+        with torch.no_grad():
+            engine.student.decoder.pixels.bias.fill_(math.nan)
+
+    trainer = make_trainer(store, tmp_path, checkpoint_every=2, handlers=[StopAt(3, poison)])
+    with pytest.raises(NonFiniteLoss, match=r"Step 4: .*l_r.* on case\d.*iteration_00000002.pt"):
+        trainer.run()
+    content = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))
+    assert content["iteration"] == 2
+    assert all(torch.isfinite(t).all() for t in content["student"].values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves(store, tmp_path, number):
+    trainer = make_trainer(
+        store, tmp_path, handlers=[LeaveOnSignal(), StopAt(3, lambda e: os.kill(os.getpid(), number))]
+    )
+    before = signal.getsignal(number)
+    try:
+        trainer.run()
+    finally:
+        signal.signal(number, before)
+    assert trainer.state.iteration in (3, 4)
+    assert (
+        load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))["iteration"] == trainer.state.iteration
+    )
+
+
+def test_checkpoints_of_other_runs_are_refused(store, tmp_path):
+    make_trainer(store, tmp_path, steps=2).run()
+    with pytest.raises(CheckpointError, match="trained with 2 pairs a step, now 4"):
+        make_trainer(store, tmp_path, steps=4, batch=4).run()
+    with pytest.raises(CheckpointError, match="made with other settings"):
+        make_trainer(store, tmp_path, steps=4, width=96).run()
+    with pytest.raises(CheckpointError, match="resume is false"):
+        make_trainer(store, tmp_path, steps=4, resume=False).run()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    path = save_checkpoint(tmp_path, 5, {"x": torch.zeros(1000)})
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match=r"iteration_00000005.pt: damaged"):
+        load_checkpoint(path)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "iteration_00000009.pt")
+    torch.save({"a": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="no checkpoint of a pre-training run"):
+        load_checkpoint(path)
+
+
+def test_a_full_disk_keeps_the_older_checkpoints(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, {"x": torch.zeros(3)})
+
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left.*Make room"):
+        save_checkpoint(tmp_path, 2, {"x": torch.zeros(3)})
+    assert [p.name for p in tmp_path.iterdir()] == ["iteration_00000001.pt"]
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path):
+    for i in (1, 2, 10):
+        save_checkpoint(tmp_path, i, {}, keep=2)
+    assert [p.name for p in checkpoints_of(tmp_path)] == ["iteration_00000002.pt", "iteration_00000010.pt"]
+
+
+def test_meters_tell_spread_from_collapse():
+    torch.manual_seed(0)
+    even, collapsed = torch.randn(512, 16), torch.ones(512, 16) + 0.001 * torch.randn(512, 16)
+    assert (
+        float(embedding_std(even)) == pytest.approx(1.0, abs=0.05) and float(embedding_std(collapsed)) < 0.01
+    )
+    line = torch.randn(100, 1) * torch.ones(1, 16)
+    assert float(effective_rank(line)) == pytest.approx(1.0, abs=1e-2) and float(effective_rank(even)) > 15
+    vectors = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+    assert float(mean_cosine(vectors, ["a", "a", "b"])) == 0.0
+    assert float(mean_cosine(vectors, ["a", "b", "b"])) == pytest.approx(0.5)
+
+
+def test_monitors_and_probe_report_without_touching_the_run(store, tmp_path):
+    probed = []
+    handlers = [
+        Monitors(every=2),
+        ProbeHandler(lambda encoder: probed.append(encoder.training) or {"retrieval": 0.5}, every=2),
+    ]
+    make_trainer(store, tmp_path / "with", steps=4, handlers=handlers, similarity="dino").run()
+    make_trainer(store, tmp_path / "without", steps=4, similarity="dino").run()
+    lines = read_log(tmp_path / "with")
+    assert lines[0]["step"] == 0 and lines[0]["probe/retrieval"] == 0.5
+    reported = next(line for line in lines if line["step"] == 2)
+    assert {
+        "monitor/std_teacher",
+        "monitor/rank_teacher",
+        "monitor/ema_drift",
+        "monitor/grad/l_r",
+        "monitor/grad/l_dv",
+        "monitor/grad/l_st",
+    } <= set(reported)
+    assert reported["monitor/grad/l_r"] > 0 and probed == [False] * 3
+    assert losses(tmp_path / "without") == [row for row in losses_of(lines) if row[0] > 0]
+
+
+def losses_of(lines):
+    return [(x["step"], *(x.get(k) for k in ("total", "l_r", "l_dv", "l_st", "grad_norm"))) for x in lines]
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"steps": 0}, "iterations must be"),
+        ({"learning_rate": 0.0}, "learning_rate must be"),
+        ({"warmup": 20}, "warmup must be between 0 and the run's 10"),
+    ],
+)
+def test_schedules_out_of_range_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(**({"steps": 10, "learning_rate": 1e-3} | kwargs))
