@@ -28,7 +28,7 @@ from custom.alice.schedules import decay_groups
 from custom.alice.trainer import AliceTrainer, Schedule
 from custom.data.pairs import PairDataset, pair_loader
 from custom.data.store import VolumeStore
-from custom.data.views import Masking, TargetView
+from custom.data.views import MaskedBatch, Masking, TargetView
 from custom.encoders.masked_vit import MaskedViT
 from custom.encoders.tokens import token_encoder
 from custom.evaluation.probe import EncoderProbe
@@ -184,12 +184,13 @@ class Bench:
                         temperature=variant.temperature, width=student.head.out_width,
                     ),
                     optimizer=torch.optim.AdamW(decay_groups(student, 0.05), lr=1e-3, betas=(0.9, 0.95), fused=True),
-                    loader=pair_loader(dataset, self.pairs, self.steps),
+                    loader=pair_loader(
+                        dataset, self.pairs, self.steps, collate=MaskedBatch(Masking(0.75), student.encoder.units(CROP))
+                    ),
                     schedule=Schedule(
                         self.steps, 5e-4, self.steps // 10, momentum=variant.ema,
                         similarity_start=int(variant.start * self.steps), similarity_ramp=int(variant.ramp * self.steps),
                     ),
-                    masking=Masking(0.75),
                     view=TargetView(self.store.spacing, 15 * strength, 0.1 * strength, (0, 0, 0), 0.1 * strength, 0.1 * strength, 0.05 * strength),
                     run_dir=folder, checkpoint_every=0, seed=seed, train_handlers=[Monitors(every=max(self.steps // 4, 1))],
                 )  # fmt: skip

@@ -1,10 +1,12 @@
 import pytest
 import torch
 from conftest import TINY_VIT
-from monai.networks.nets import UNETR, ViT, ViTAutoEnc
+from monai.networks.nets import UNETR, SwinUNETR, ViT, ViTAutoEnc
 from safetensors.torch import load_file, save_file
 
+from custom.encoders.masked_swin import MaskedSwin
 from custom.encoders.masked_vit import MaskedViT
+from custom.encoders.nnformer import NNFormer
 from custom.transfer.encoder_weights import (
     WeightsError,
     build_encoder,
@@ -196,3 +198,66 @@ def test_a_failed_write_leaves_no_file(tmp_path):
     (tmp_path / "folder").write_text("a file where a folder should be")
     with pytest.raises(WeightsError, match="cannot be written"):
         save_encoder(target, encoder(), {})
+
+
+# -- Swin and nnFormer -------------------------------------------------------------------------------------------------
+
+SWIN = {"in_chans": 1, "embed_dim": 12, "window_size": (7, 7, 7), "patch_size": (2, 2, 2), "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 3)}
+SWIN_UNETR = {"in_channels": 1, "out_channels": 3, "feature_size": 12, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 3)}
+
+
+@pytest.fixture
+def saved_swin(tmp_path):
+    torch.manual_seed(0)
+    net = MaskedSwin(**SWIN).eval()
+    save_encoder(tmp_path / "swin.safetensors", net, {"network_type": "MaskedSwin", "network": net.settings})
+    return net, tmp_path / "swin.safetensors"
+
+
+def test_stock_swin_unetr_is_filled_whole_and_gives_the_same_five_maps(saved_swin):
+    net, path = saved_swin
+    stock = SwinUNETR(**SWIN_UNETR).eval()
+    report = load_encoder(stock, path, verbose=False)
+    assert set(report.loaded) == set(stock.swinViT.state_dict())
+    volume = torch.rand(1, 1, 64, 32, 96)
+    for own, theirs in zip(net(volume), stock.swinViT(volume, normalize=True), strict=True):
+        torch.testing.assert_close(own, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"downsample": "mergingv2"}, r"downsample: 'merging' in the file, 'mergingv2' here: build the network with downsample='merging'"),
+        ({"use_v2": True}, "use_v2: the network has residual convolutions"),
+        ({"depths": (2, 1, 2, 1)}, "missing: layers1.0.blocks.1.norm1.weight"),
+        ({"num_heads": (1, 2, 3, 3)}, "shape: layers3.0.blocks.0.attn.relative_position_bias_table"),
+        ({"in_channels": 2}, "pass adapt_channels=True"),
+    ],
+)
+def test_a_swin_unetr_of_another_build_is_refused_with_the_fix(saved_swin, changes, message):
+    with pytest.raises(WeightsError, match=message):
+        load_encoder(SwinUNETR(**(SWIN_UNETR | changes)), saved_swin[1])
+
+
+def test_a_swin_takes_more_input_channels_when_asked(saved_swin):
+    net, path = saved_swin
+    stock = SwinUNETR(**(SWIN_UNETR | {"in_channels": 2})).eval()
+    load_encoder(stock, path, adapt_channels=True, verbose=False)
+    volume = torch.rand(1, 1, 64, 32, 32)
+    torch.testing.assert_close(stock.swinViT(volume.expand(-1, 2, -1, -1, -1))[4], net(volume)[4], atol=1e-4, rtol=1e-4)
+
+
+def test_nnformer_takes_its_encoder_and_another_index_is_refused(tmp_path):
+    torch.manual_seed(0)
+    small = {"embed_dim": 6, "num_heads": (1, 1, 2, 2), "img_size": (64, 64, 32), "drop_path_rate": 0.0}
+    net = NNFormer(1, 2, **small).eval()
+    save_encoder(tmp_path / "n.safetensors", net.encoder, {"network_type": "NNFormer", "network": net.settings})
+    other = NNFormer(1, 5, **small).eval()
+    report = load_encoder(other, tmp_path / "n.safetensors", verbose=False)
+    assert set(report.loaded) == set(other.encoder.state_dict())
+    volume = torch.rand(1, 1, 64, 64, 32)
+    assert all(torch.equal(a, b) for a, b in zip(net.encode(volume), other.encode(volume), strict=True))
+    with pytest.raises(WeightsError, match="relative_index: 'injective' in the file, 'official' here"):
+        load_encoder(NNFormer(1, 2, **small, relative_index="official"), tmp_path / "n.safetensors")
+    with pytest.raises(WeightsError, match="pass interpolate_positions"):
+        load_encoder(NNFormer(1, 2, **(small | {"img_size": (64, 64, 64)})), tmp_path / "n.safetensors")

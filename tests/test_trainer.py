@@ -22,7 +22,7 @@ from custom.alice.run_log import LeaveOnSignal, RunLog, read_log
 from custom.alice.schedules import cosine_ramp, decay_groups, linear_ramp, scaled_rate, warmup_cosine
 from custom.alice.trainer import AliceTrainer, NonFiniteLoss, Schedule
 from custom.data.pairs import PairDataset, pair_loader
-from custom.data.views import Masking, TargetView
+from custom.data.views import MaskedBatch, Masking, TargetView
 from custom.encoders.masked_vit import MaskedViT
 from custom.encoders.tokens import token_encoder
 from custom.landmarks.aligners import CoordinateAligner
@@ -44,9 +44,11 @@ def make_trainer(
         teacher=student.make_teacher(),
         loss=AliceLoss((16, 16, 16), similarity, width=student.head.out_width),
         optimizer=torch.optim.AdamW(decay_groups(student, 0.05), lr=1.0, betas=(0.9, 0.95)),
-        loader=pair_loader(pairs, batch, steps, kwargs.pop("workers", 0)),
+        loader=pair_loader(
+            pairs, batch, steps, kwargs.pop("workers", 0),
+            collate=MaskedBatch(Masking(0.5), (2, 3, 1), parts=kwargs.get("accumulate", 1)),
+        ),  # fmt: skip
         schedule=kwargs.pop("schedule", Schedule(steps, 1e-3, warmup=min(2, steps), momentum=0.9)),
-        masking=Masking(0.5),
         view=TargetView(store.spacing),
         run_dir=run_dir,
         seed=seed,
@@ -134,6 +136,7 @@ def test_a_finished_run_does_nothing_and_a_cut_log_line_is_dropped(store, tmp_pa
 def test_every_loss_is_lower_after_training_on_one_batch(store, tmp_path):
     trainer = make_trainer(store, tmp_path, steps=40, schedule=Schedule(40, 2e-3, warmup=4, momentum=0.9))
     batch = next(iter(trainer.data_loader))
+    assert batch["hidden_q"].shape == (2, 2, 3, 1)
     trainer.data_loader.dataset.__class__ = type(
         "Same", (PairDataset,), {"__getitem__": lambda self, i: super(type(self), self).__getitem__(i % 2)}
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +125,12 @@ class StudentBranch(nn.Module):
         )
 
     def forward(
-        self, crop: Tensor, hidden: Tensor, target: TeacherOutput, teacher_casa: nn.Module | None = None
+        self,
+        crop: Tensor,
+        hidden: Tensor,
+        target: TeacherOutput,
+        teacher_casa: nn.Module | None = None,
+        plan: Any = None,
     ) -> StudentOutput:
         """Encode what is visible, decode everything, compare with the teacher.
 
@@ -134,8 +139,9 @@ class StudentBranch(nn.Module):
             hidden: bool over the encoder's mask units (B, ux, uy, uz).
             target: the teacher's output for the same crops, whose tokens lie on the same grid.
             teacher_casa: the EMA copy of CASA, if ``casa_teacher`` is ``ema``.
+            plan: what the encoder's planner made of ``hidden``, if it was made ahead of time.
         """
-        encoded = self.encoder(crop, hidden)
+        encoded = self.encoder(crop, hidden, plan)
         token_hidden = self.encoder.token_mask(hidden)
         decoded = self.decoder(encoded.tokens, encoded.grid, token_hidden)  # (B, N, width)
         student_tokens, teacher_tokens, projected = None, None, None

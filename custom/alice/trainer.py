@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,9 +97,9 @@ class AliceTrainer(Trainer):
         teacher: as ``student.make_teacher()`` gives it.
         loss: the terms and their weights.
         optimizer: over ``decay_groups`` of the student.
-        loader: of ``PairDataset`` batches, see ``pair_loader``.
+        loader: of batches with ``crop_q``, ``crop_k``, ``hidden_q``, ``hidden_k`` and bookkeeping, see ``pair_loader``
+            and ``MaskedBatch``.
         schedule: rates over the run; its ``steps`` is the run's length.
-        masking: ``(seeds, grid) -> hidden``.
         view: ``(crop, seeds) -> crop``, the teacher's augmented view; None gives it the crop itself.
         run_dir: checkpoints go to ``run_dir/checkpoints``.
         steps_per_epoch: how many steps ignite calls an epoch (a run has no natural ones).
@@ -124,7 +124,6 @@ class AliceTrainer(Trainer):
         optimizer: torch.optim.Optimizer,
         loader: DataLoader,
         schedule: Schedule,
-        masking: Callable[[Tensor, Sequence[int]], Tensor],
         run_dir: str | Path,
         view: Callable[[Tensor, Tensor], Tensor] | None = None,
         steps_per_epoch: int = 100,
@@ -158,7 +157,7 @@ class AliceTrainer(Trainer):
         self.student, self.teacher, self.loss, self.optimizer = student, teacher, loss, optimizer
         self.online: StudentBranch = student.module if hasattr(student, "module") else student  # type: ignore[assignment]
         self.ema = EMA(teacher, self.online)
-        self.schedule, self.masking, self.view = schedule, masking, view
+        self.schedule, self.view = schedule, view
         self.accumulate, self.clip, self.clip_each, self.bf16, self.seed = (
             accumulate,
             clip,
@@ -214,10 +213,9 @@ class AliceTrainer(Trainer):
 
         sums: Tensor | None = None
         for part in range(self.accumulate):
-            rows = slice(part * self._part_size(batch), (part + 1) * self._part_size(batch))
             last = part == self.accumulate - 1
             with nullcontext() if last or not hasattr(self.student, "no_sync") else self.student.no_sync():  # type: ignore[operator]
-                _, terms = self.losses_of({k: v[rows] for k, v in batch.items()}, step)
+                _, terms = self.losses_of(self._part(batch, part), step)
                 (terms["total"] / self.accumulate).backward()
             values = torch.stack([terms[name].detach() for name in TERMS]) / self.accumulate
             sums = values if sums is None else sums + values
@@ -246,16 +244,21 @@ class AliceTrainer(Trainer):
             self.device, non_blocking=True
         )  # (2B, 1, X, Y, Z)
         seeds = torch.cat([batch["seed"], batch["seed"] + 1])
-        hidden = self.masking(seeds, self.online.encoder.units(tuple(crop.shape[2:])))
+        hidden = torch.cat([batch["hidden_q"], batch["hidden_k"]])  # on the CPU, where it is counted
+        plan = batch["plans"][0] if len(batch.get("plans", ())) == 1 else None
         with torch.no_grad():
             intact = crop if self.view is None else self.view(crop, seeds)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             target = self.teacher(intact)
-            output = (student or self.student)(crop, hidden, target, self.teacher.casa)
+            output = (student or self.student)(crop, hidden, target, self.teacher.casa, plan)
         return output, self.loss(output, crop, hidden, step, self.schedule.similarity(step))
 
-    def _part_size(self, batch: dict[str, Any]) -> int:
-        return len(batch["seed"]) // self.accumulate
+    def _part(self, batch: dict[str, Any], part: int) -> dict[str, Any]:
+        """One of ``accumulate`` equal parts of a batch, with its own plan."""
+        size = len(batch["seed"]) // self.accumulate
+        rows = slice(part * size, (part + 1) * size)
+        split = {k: v[rows] for k, v in batch.items() if k != "plans"}
+        return split | ({"plans": [batch["plans"][part]]} if "plans" in batch else {})
 
     def _clip_gradients(self) -> Tensor:
         parameters = [p for p in self.online.parameters() if p.grad is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -243,8 +243,12 @@ def pair_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> DataLoader:
-    """A loader whose ``batch_sampler.start`` may be set before it is first iterated, to resume."""
+    """A loader whose ``batch_sampler.start`` may be set before it is first iterated, to resume.
+
+    ``collate`` is best a ``MaskedBatch``, which draws masks and plans in the workers.
+    """
     return DataLoader(
         dataset,
         batch_sampler=RankedBatches(batch_size, batches, 0, rank, world_size),
@@ -252,6 +256,7 @@ def pair_loader(
         persistent_workers=False,
         prefetch_factor=2 if workers else None,
         pin_memory=pin_memory,
+        collate_fn=collate,
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from custom.encoders.masking import hide_columns, hide_tokens
 
@@ -33,6 +35,36 @@ class Masking:
         """Seeds (B,) on the CPU -> bool (B, ux, uy, uz) on the CPU."""
         draw = hide_tokens if self.kind == "random" else hide_columns
         return torch.cat([draw(1, grid, self.ratio, generator_of(seed, "mask")) for seed in seeds.tolist()])
+
+
+class MaskedBatch:
+    """Collates pairs, and draws their masks (and the encoder's plans) in the loader's worker.
+
+    Args:
+        masking: draws masks from seeds.
+        grid: mask units along x, y, z.
+        planner: what the encoder prepares from a mask ahead of time; None for nothing.
+        parts: into how many parts the trainer splits a batch; each gets its own plan.
+    """
+
+    def __init__(
+        self,
+        masking: Masking,
+        grid: Sequence[int],
+        planner: Callable[[Tensor], Any] | None = None,
+        parts: int = 1,
+    ) -> None:
+        self.masking, self.grid, self.planner, self.parts = masking, tuple(grid), planner, parts
+
+    def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch with ``hidden_q`` and ``hidden_k``, bool (B, ux, uy, uz), and ``plans``, one a part."""
+        batch = default_collate(pairs)
+        batch["hidden_q"] = self.masking(batch["seed"], self.grid)
+        batch["hidden_k"] = self.masking(batch["seed"] + 1, self.grid)
+        if self.planner is not None:
+            halves = zip(batch["hidden_q"].chunk(self.parts), batch["hidden_k"].chunk(self.parts), strict=True)
+            batch["plans"] = [self.planner(torch.cat(pair)) for pair in halves]
+        return batch
 
 
 class TargetView:

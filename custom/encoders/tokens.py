@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from custom.encoders.masked_swin import MaskedSwin, VisibleFeatures
 from custom.encoders.masked_vit import MaskedViT
+from custom.encoders.masking import gather_visible, refine_mask, visible_index
+from custom.encoders.nnformer import NNFormer, NNFormerEncoder
+from custom.encoders.window_plan import plan_for
 
 
 class Tokens(NamedTuple):
@@ -31,13 +39,20 @@ class TokenEncoder(nn.Module):
     patch: tuple[int, int, int]
     unit: tuple[int, int, int]
 
-    def forward(self, crop: Tensor, hidden: Tensor | None = None) -> Tokens:
-        """(B, 1, X, Y, Z) and bool (B, ux, uy, uz) or None -> the visible tokens."""
+    def forward(self, crop: Tensor, hidden: Tensor | None = None, plan: Any = None) -> Tokens:
+        """(B, 1, X, Y, Z) and bool (B, ux, uy, uz) or None -> the visible tokens.
+
+        ``plan`` is what :meth:`planner` made of ``hidden`` ahead of time; without it, it is made here.
+        """
         raise NotImplementedError
 
     def token_mask(self, hidden: Tensor) -> Tensor:
         """A mask over units (B, ux, uy, uz) as a mask over tokens (B, gx, gy, gz)."""
-        raise NotImplementedError
+        return refine_mask(hidden, tuple(u // p for u, p in zip(self.unit, self.patch, strict=True)))
+
+    def planner(self) -> Callable[[Tensor], Any] | None:
+        """What a loader's worker can prepare from a mask, as a function that travels there; None if nothing."""
+        return None
 
     def units(self, crop_size: tuple[int, ...]) -> tuple[int, int, int]:
         """Mask units along x, y, z of a crop.
@@ -66,12 +81,67 @@ class ViTTokens(TokenEncoder):
         self.width = encoder.settings["hidden_size"]
         self.patch = self.unit = encoder.patch
 
-    def forward(self, crop: Tensor, hidden: Tensor | None = None) -> Tokens:
+    def forward(self, crop: Tensor, hidden: Tensor | None = None, plan: Any = None) -> Tokens:
         tokens, _ = self.encoder(crop, hidden=hidden)
         return Tokens(tokens, self.units(tuple(crop.shape[2:])))
 
-    def token_mask(self, hidden: Tensor) -> Tensor:
-        return hidden
+
+class SwinTokens(TokenEncoder):
+    """A Swin's stride-16 map plus its stride-32 map spread over it, a linear layer each, so that all stages learn (ours)."""
+
+    def __init__(self, encoder: MaskedSwin) -> None:
+        super().__init__()
+        self.encoder = encoder
+        side = encoder.unit // 2
+        self.unit, self.patch = (encoder.unit,) * 3, (side,) * 3
+        fine = 8 * encoder.settings["embed_dim"]
+        self.width = 2 * fine
+        self.from_fine, self.from_coarse = nn.Linear(fine, self.width), nn.Linear(2 * fine, self.width, bias=False)
+
+    def forward(self, crop: Tensor, hidden: Tensor | None = None, plan: Any = None) -> Tokens:
+        ux, uy, uz = self.units(tuple(crop.shape[2:]))
+        found = self.encoder(crop, hidden=hidden, plan=plan)
+        if not isinstance(found, VisibleFeatures):  # nothing hidden: five dense maps
+            fine, coarse = found[3], F.interpolate(found[4], scale_factor=2, mode="nearest")
+            return Tokens(self._fuse(*(m.flatten(2).transpose(1, 2) for m in (fine, coarse))), (2 * ux, 2 * uy, 2 * uz))
+        fine, coarse = found.maps[3], found.maps[4].expand(-1, -1, -1, 2, 2, 2)  # (B, V, C, 2, 2, 2)
+        tokens = self._fuse(*(m.flatten(3).transpose(2, 3).flatten(1, 2) for m in (fine, coarse)))
+        if hidden is None:
+            raise ValueError("A plan alone does not say where its tokens lie: pass hidden too.")
+        order = _grid_order(hidden).to(tokens.device, non_blocking=True)
+        return Tokens(gather_visible(tokens, order), (2 * ux, 2 * uy, 2 * uz))
+
+    def _fuse(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        return self.from_fine(fine) + self.from_coarse(coarse)
+
+    def planner(self) -> Callable[[Tensor], Any]:
+        return partial(plan_for, settings=self.encoder.settings)
+
+
+class NNFormerTokens(TokenEncoder):
+    """nnFormer's bottleneck. Its convolutions mix neighbours, so it runs dense on zeroed hidden voxels."""
+
+    def __init__(self, encoder: NNFormerEncoder, width: int) -> None:
+        super().__init__()
+        self.encoder, self.width = encoder, width
+        for norm in list(encoder.norms)[:-1]:  # they serve the segmentation decoder's skips; nothing here calls them
+            norm.requires_grad_(False)
+        x, y, z = encoder.stride
+        self.patch = self.unit = (x, y, z)
+
+    def forward(self, crop: Tensor, hidden: Tensor | None = None, plan: Any = None) -> Tokens:
+        tokens = self.encoder(crop, hidden=hidden)[-1].flatten(2).transpose(1, 2)
+        if hidden is not None:
+            tokens = gather_visible(tokens, visible_index(hidden.flatten(1)).to(tokens.device, non_blocking=True))
+        return Tokens(tokens, self.units(tuple(crop.shape[2:])))
+
+
+def _grid_order(hidden: Tensor) -> Tensor:
+    """Where the visible stride-16 tokens, unit after unit with eight each, stand in grid order: (B, 8 V)."""
+    ux, uy, uz = hidden.shape[1:]
+    numbers = torch.arange(8 * ux * uy * uz).view(ux, 2, uy, 2, uz, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, 8)
+    units = visible_index(hidden.flatten(1).cpu())  # (B, V)
+    return numbers[units].flatten(1).argsort(dim=1)
 
 
 def token_encoder(encoder: nn.Module) -> TokenEncoder:
@@ -82,4 +152,10 @@ def token_encoder(encoder: nn.Module) -> TokenEncoder:
     """
     if isinstance(encoder, MaskedViT):
         return ViTTokens(encoder)
-    raise ValueError(f"{type(encoder).__name__} is no encoder for pre-training: use MaskedViT.")
+    if isinstance(encoder, MaskedSwin):
+        return SwinTokens(encoder)
+    if isinstance(encoder, NNFormer):
+        return NNFormerTokens(encoder.encoder, encoder.settings["embed_dim"] * 8)
+    raise ValueError(
+        f"{type(encoder).__name__} is no encoder for pre-training: use MaskedViT, MaskedSwin or NNFormer."
+    )

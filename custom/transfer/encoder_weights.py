@@ -8,25 +8,29 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import monai
 import torch
-from monai.networks.nets import UNETR, ViT, ViTAutoEnc
+from monai.networks.nets import UNETR, SwinUNETR, ViT, ViTAutoEnc
+from monai.networks.nets.swin_unetr import PatchMerging, PatchMergingV2, SwinTransformer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from custom.encoders.masked_swin import MaskedSwin
 from custom.encoders.masked_vit import MaskedViT
+from custom.encoders.nnformer import NNFormer
 from custom.encoders.positions import resize_positions
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "alice-encoder-1"
-_POSITIONS = "patch_embedding.position_embeddings"
+_POSITIONS = ("patch_embedding.position_embeddings", "position_table")  # MONAI's ViT, our nnFormer
+_FIRST_LAYERS = ("patch_embedding.patch_embeddings.weight", "patch_embed.proj.weight")
 _CONV, _LINEAR = "patch_embedding.patch_embeddings.weight", "patch_embedding.patch_embeddings.1.weight"
 
 
@@ -160,7 +164,7 @@ def load_encoder(
     """Fill every tensor of a network's encoder from a file, or raise and change nothing.
 
     Args:
-        network: stock ``UNETR``, ``ViT`` or ``ViTAutoEnc``, or this package's encoders.
+        network: stock ``UNETR``, ``ViT``, ``ViTAutoEnc``, ``SwinUNETR`` or ``SwinTransformer``; or ``NNFormer``.
         path: as ``alice export`` writes it.
         interpolate_positions: resize the position table if the network has another token grid.
         adapt_channels: repeat the first layer over more input channels, divided by their number.
@@ -180,11 +184,14 @@ def load_encoder(
 
     state, wanted = _without_unused(state, wanted, report)
     _swap_embedding_layout(state, wanted, report)
-    fit = {
-        _POSITIONS: lambda t, w: _fit_positions(t, w, metadata, grid or own_grid, interpolate_positions),
-        _CONV: lambda t, w: _fit_channels(t, w, adapt_channels),
-    }
-    faults: list[str] = [
+
+    def positions(table: Tensor, here: Tensor) -> tuple[Tensor | None, str]:
+        return _fit_positions(table, here, metadata, grid or own_grid, interpolate_positions)
+
+    fit: dict[str, Callable[[Tensor, Tensor], tuple[Tensor | None, str]]] = dict.fromkeys(_POSITIONS, positions)
+    fit |= dict.fromkeys(_FIRST_LAYERS, lambda kernel, here: _fit_channels(kernel, here, adapt_channels))
+    faults = _unlike_settings(network, metadata.get("network", {}))
+    faults += [
         f"missing: {name} {tuple(wanted[name].shape)}" for name in wanted if name not in state
     ]
     faults += [f"extra: {name} {tuple(state[name].shape)}" for name in state if name not in wanted]
@@ -216,7 +223,7 @@ def build_encoder(metadata: dict[str, Any]) -> nn.Module:
     Raises:
         WeightsError: if the metadata names no network of ours.
     """
-    kinds = {"MaskedViT": MaskedViT}
+    kinds: dict[str, type[nn.Module]] = {"MaskedViT": MaskedViT, "MaskedSwin": MaskedSwin, "NNFormer": NNFormer}
     if metadata.get("network_type") not in kinds:
         raise WeightsError(
             f"The metadata names the network {metadata.get('network_type')!r}; known: {', '.join(kinds)}."
@@ -242,9 +249,43 @@ def _encoder_of(network: nn.Module) -> tuple[nn.Module, tuple[int, ...] | None]:
         return network, network.grid
     if isinstance(network, (ViT, ViTAutoEnc)):
         return network, None
-    raise WeightsError(
-        f"{type(network).__name__} is no network that an encoder fits: use UNETR, ViT or ViTAutoEnc."
-    )
+    if isinstance(network, SwinUNETR):
+        return network.swinViT, None
+    if isinstance(network, SwinTransformer):
+        return network, None
+    if isinstance(network, NNFormer):
+        return network.encoder, tuple(network.encoder.grid)
+    known = "UNETR, ViT, ViTAutoEnc, SwinUNETR or NNFormer"
+    raise WeightsError(f"{type(network).__name__} is no network that an encoder fits: use {known}.")
+
+
+def _unlike_settings(network: nn.Module, settings: dict[str, Any]) -> list[str]:
+    """What differs without showing in any tensor's name or shape, so that a strict load would not notice."""
+    faults = []
+    swin = network.swinViT if isinstance(network, SwinUNETR) else network
+    if isinstance(swin, SwinTransformer):
+        here = _merging_of(swin)
+        there = settings.get("downsample", here)
+        if there != here:
+            fix = f"build the network with downsample={there!r}"
+            faults.append(f"downsample: {there!r} in the file, {here!r} here: {fix}")
+        if getattr(swin, "use_v2", False):
+            fix = "build it with use_v2=False"
+            faults.append(f"use_v2: the network has residual convolutions that the encoder lacks: {fix}")
+    if isinstance(network, NNFormer):
+        here = network.settings["relative_index"]
+        there = settings.get("relative_index", here)
+        if there != here:
+            fix = f"build the network with relative_index={there!r}"
+            faults.append(f"relative_index: {there!r} in the file, {here!r} here: {fix}")
+    return faults
+
+
+def _merging_of(swin: SwinTransformer) -> str:
+    merging = swin.layers1[0].downsample
+    if isinstance(merging, PatchMerging):  # a subclass of the next: only the order of the octants differs
+        return "merging"
+    return "mergingv2" if isinstance(merging, PatchMergingV2) else type(merging).__name__
 
 
 def _encoder_tensors(network: nn.Module, encoder: nn.Module) -> dict[str, Tensor]:
