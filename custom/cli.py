@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ def picture(run: str, to: str = "picture.png") -> None:
         run: the run's output_dir.
         to: the PNG to write.
     """
+    from custom.alice.branch import StudentBranch
     from custom.alice.picture import run_picture
     from custom.alice.run_folder import load_run
     from custom.alice.run_log import read_log
@@ -145,6 +147,8 @@ def picture(run: str, to: str = "picture.png") -> None:
 
     loaded = load_run(run)
     summary, store = loaded.summary, VolumeStore(loaded.summary["store_dir"])
+    if not isinstance(loaded.student, StudentBranch):
+        raise ValueError(f"{run}: the official preset has no token decoder to draw from; use alice probe.")
     names = summary["held_back"] if len({store.patient(n) for n in summary["held_back"]}) > 1 else store.names
     pairs = PairDataset(
         store,
@@ -167,12 +171,50 @@ def picture(run: str, to: str = "picture.png") -> None:
     print(f"{to}: {pair['scan_q']} and {pair['scan_k']}")
 
 
+def profile(config: str | Sequence[str], steps: int = 8, **overrides: Any) -> None:
+    """Time the parts of a training step: loader, transfer, views, online, decoder, target, losses, backward, ...
+
+    Args:
+        config: a bundle's train.yaml, or "['train.yaml','smoke.yaml']".
+        steps: steps to time, after two of warm-up.
+        overrides: of the config, as in ``monai.bundle run`` (--dataset_dir DIR --batch_size 4).
+    """
+    from monai.bundle import ConfigParser, ConfigWorkflow
+
+    from custom.alice.profile import StepProfile
+    from custom.preflight import check_keys
+
+    files = [config] if isinstance(config, str) else list(config)
+    check_keys(ConfigParser.load_config_file(files[0]), overrides, "the command line")
+    with tempfile.TemporaryDirectory() as folder:
+        asked = ConfigWorkflow(files, workflow_type="train", logging_file=False, **overrides)
+        store = overrides.get("store_dir") or asked.parser.get_parsed_content("store_dir")
+        quiet = {
+            "output_dir": folder,
+            "store_dir": store,
+            "iterations": steps + 2,
+            "warmup": 0,
+            "checkpoint_every": 0,
+        }
+        quiet |= {"probe_every": steps + 9, "monitor_every": steps + 9, "probe": None, "resume": False}
+        workflow = ConfigWorkflow(files, workflow_type="train", logging_file=False, **(overrides | quiet))
+        workflow.initialize()
+        trainer = workflow.parser.get_parsed_content("train::trainer")
+        timed = StepProfile(skip=2)
+        timed.attach(trainer)
+        trainer.run()
+    print(f"{'section':<10}{'ms a step':>12}{'share':>8}")
+    for name, (milliseconds, share) in timed.shares().items():
+        print(f"{name:<10}{milliseconds:>12.1f}{share:>8.1%}")
+
+
 COMMANDS: dict[str, Any] = {
     "phantom": phantom,
     "build": build,
     "export": export,
     "probe": probe,
     "picture": picture,
+    "profile": profile,
 }
 
 

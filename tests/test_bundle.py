@@ -15,13 +15,14 @@ import pytest
 import torch
 from conftest import REPO, write_scan
 from monai.bundle import ConfigParser
-from monai.networks.nets import UNETR
+from monai.networks.nets import UNETR, SwinUNETR
 
 from custom.alice.checkpoint import checkpoints_of, load_checkpoint
 from custom.alice.run_folder import load_run
 from custom.alice.run_log import read_log
+from custom.encoders.nnformer import NNFormer
 from custom.preflight import check_keys
-from custom.transfer.encoder_weights import load_encoder
+from custom.transfer.encoder_weights import load_encoder, read_weights
 
 BUNDLE = REPO / "bundles" / "alice_pretrain"
 CONFIGS = BUNDLE / "configs"
@@ -187,7 +188,7 @@ def test_bad_settings_end_in_one_line(scans, finished, tmp_path, settings, messa
 
 def test_every_override_names_a_key_of_train_yaml():
     complete = ConfigParser.load_config_file(CONFIGS / "train.yaml")
-    for name in ("smoke.yaml", "multi_gpu.yaml"):
+    for name in ("smoke.yaml", "multi_gpu.yaml", "swin.yaml", "nnformer.yaml", "official.yaml"):
         check_keys(complete, ConfigParser.load_config_file(CONFIGS / name), name)
 
 
@@ -301,3 +302,54 @@ def test_real_abdomen_chest_and_head_and_neck_pre_train_together(real_data, tmp_
     report = json.loads((tmp_path / "run" / "store" / "report.json").read_text())
     assert len(report["taken"]) == 84 and all("mr" in name for name in report["refused"])
     assert len(losses(tmp_path / "run")) == 3 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "config, settings",
+    [
+        ("swin.yaml", {"network_def::embed_dim": 12, "crop_size": "[64,64,32]", "network_def::num_heads": "[1,2,2,2]"}),
+        ("nnformer.yaml", {"network_def::embed_dim": 6, "network_def::num_heads": "[1,1,2,2]", "accumulate": 2}),
+        ("official.yaml", {"network_def::embed_dim": 6, "network_def::num_heads": "[1,1,2,2]", "student_def::prototypes": 16, "crop_size": "[64,64,64]"}),
+    ],
+)  # fmt: skip
+def test_every_network_pre_trains_exports_and_loads(scans, finished, tmp_path, config, settings):
+    files = [str(CONFIGS / f) for f in ("train.yaml", config)]
+    common = {"spacing": "[3.0,3.0,4.0]", "iterations": 2, "warmup": 0, "batch_size": 2, "held_back_patients": 2, "workers": 1, "probe_every": 9,
+              "store_dir": finished / "store", "crop_size": "[32,32,32]", "learning_rate": 1.0e-3}  # fmt: skip
+    words = [
+        sys.executable,
+        "-m",
+        "monai.bundle",
+        "run",
+        "--config_file",
+        str(files),
+        "--dataset_dir",
+        str(scans),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    for key, value in (common | settings).items():
+        words += [f"--{key}", str(value)]
+    run(words, cwd=tmp_path)
+    assert all(np.isfinite(line["total"]) for line in read_log(tmp_path / "run") if line["step"])
+    run(
+        [
+            sys.executable,
+            "-m",
+            "custom.cli",
+            "export",
+            str(tmp_path / "run"),
+            "--to",
+            str(tmp_path / "e.safetensors"),
+        ],
+        cwd=tmp_path,
+    )
+    student, volume = load_run(tmp_path / "run").student, torch.rand(1, 1, 64, 64, 64)
+    if config == "swin.yaml":
+        stock = SwinUNETR(1, 3, feature_size=12, num_heads=(1, 2, 2, 2)).eval()
+        load_encoder(stock, tmp_path / "e.safetensors", verbose=False)
+        for own, theirs in zip(student.encoder.encoder(volume), stock.swinViT(volume), strict=True):
+            torch.testing.assert_close(own, theirs, atol=1e-5, rtol=1e-5)
+    else:
+        settings = read_weights(tmp_path / "e.safetensors")[1]["network"]
+        load_encoder(NNFormer(**(settings | {"out_channels": 5})), tmp_path / "e.safetensors", verbose=False)

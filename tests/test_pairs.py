@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from custom.data.pairs import PairDataset, RankedBatches, hold_back, pair_loader, window
-from custom.data.views import Masking, TargetView
+from custom.data.views import MaskedBatch, Masking, TargetView
 from custom.landmarks.aligners import CoordinateAligner, Match, make_aligner
 from custom.landmarks.geometry import to_voxels, to_world
 
@@ -210,6 +210,11 @@ def test_a_quarter_turn_about_z_moves_voxels_as_it_should():
         .index_put((torch.tensor(4), torch.tensor(0), torch.tensor(1)), torch.tensor(1.0))
         .argmax()
     )
+
+
+def test_a_crop_too_small_to_mask_is_refused_before_any_worker_starts():
+    with pytest.raises(ValueError, match="leaves none visible"):
+        MaskedBatch(Masking(0.75), (2, 1, 1))
 
 
 def test_masks_follow_the_sample_not_the_batch():

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from custom.data.scans import ScanError, list_scans
+from custom.data.store import StoreError
 from custom.preflight import ConfigKeyError, check_keys, command_line, plain_message, preflight
 
 COMPLETE = {
@@ -64,6 +65,12 @@ def test_only_our_own_errors_are_said_in_one_line(tmp_path):
         int("x")
     except ValueError as foreign:
         assert plain_message(foreign) is None
+
+
+def test_an_error_that_a_loaders_worker_passed_on_is_said_in_one_line():
+    text = "Caught StoreError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
+    passed_on = StoreError(text + "custom.data.store.StoreError: a.b2nd: damaged. Build it again.\n")
+    assert plain_message(passed_on) == "a.b2nd: damaged. Build it again."
 
 
 def test_an_uncaught_error_of_ours_ends_a_program_with_one_line():

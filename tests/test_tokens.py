@@ -39,7 +39,9 @@ def test_tokens_lie_at_stride_16_and_every_trained_parameter_learns(make, unit):
     out = student(crop, hidden, teacher(crop))
     assert out.pixels.shape == (4, 4 * 6 * 2, 16**3) and out.visible.shape == (4, 24, encoder.width)
     AliceLoss(encoder.patch)(out, crop, hidden)["total"].backward()
-    without = [n for n, p in student.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    without = [
+        n for n, p in student.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
     assert [n for n in without if "qkv" not in n and "relative" not in n] == []
 
 
@@ -78,3 +80,26 @@ def test_nnformer_does_not_see_hidden_voxels():
 def test_sides_that_are_no_multiple_of_the_unit_are_refused():
     with pytest.raises(ValueError, match=r"side x = 80 .*unit \(32 voxels\); take 64 or 96"):
         token_encoder(swin()).units((80, 96, 32))
+
+
+def test_the_official_pair_of_branches_learns_everywhere_and_its_teacher_follows():
+    from custom.alice.ema import EMA
+    from custom.alice.official_branch import OfficialStudent
+
+    torch.manual_seed(0)
+    student = OfficialStudent(
+        NNFormer(1, 1, img_size=(64, 64, 64), embed_dim=6, num_heads=(1, 1, 2, 2), drop_path_rate=0.0),
+        prototypes=16,
+    )
+    teacher = student.make_teacher().eval()
+    EMA(teacher, student)
+    crop, hidden = torch.rand(2, 1, 64, 64, 64), hide_tokens(2, (4, 4, 4), 0.75)
+    out = student(crop, hidden, teacher(crop), teacher.casa)
+    assert out.student_tokens.shape == (2, 64, 16) and teacher(crop).tokens.shape == (2, 512, 16)
+    assert out.pixels.shape == (2, 64, 16**3)
+    AliceLoss((16, 16, 16), "dino", reconstruction="whole", width=16)(out, crop, hidden)["total"].backward()
+    without = [
+        n for n, p in student.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
+    assert [n for n in without if "qkv" not in n and "bias" not in n] == []
+    assert not any(p.requires_grad for p in teacher.parameters())

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from custom.alice.branch import StudentBranch
 from custom.alice.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from custom.alice.official_branch import OfficialStudent
 from custom.encoders.tokens import token_encoder
 from custom.transfer.encoder_weights import build_encoder
 
@@ -17,7 +18,7 @@ class Run(NamedTuple):
     folder: Path
     iteration: int
     summary: dict[str, Any]
-    student: StudentBranch  # in evaluation mode, on the CPU
+    student: StudentBranch | OfficialStudent  # in evaluation mode, on the CPU
 
 
 def load_run(folder: str | Path) -> Run:
@@ -39,6 +40,11 @@ def load_run(folder: str | Path) -> Run:
     summary = content["summary"]
     if "student" not in summary:
         raise CheckpointError(f"{path}: its summary does not say how the student is built.")
-    student = StudentBranch(token_encoder(build_encoder(summary)), **summary["student"])
+    network, settings = build_encoder(summary), dict(summary["student"])
+    student: StudentBranch | OfficialStudent
+    if settings.pop("official", False):
+        student = OfficialStudent(network, **settings)  # type: ignore[arg-type]
+    else:
+        student = StudentBranch(token_encoder(network), **settings)
     student.load_state_dict(content["student"])
     return Run(folder, content["iteration"], summary, student.eval())

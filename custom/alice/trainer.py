@@ -169,6 +169,7 @@ class AliceTrainer(Trainer):
         self.checkpoint_every, self.keep_checkpoints, self.resume = checkpoint_every, keep_checkpoints, resume
         self.pairs = {"seen": 0, "fallback": 0, "redraws": 0}
         self.device = torch.device(device)
+        self.section: Callable[[str], Any] = _untimed  # replaced by a profile, see custom.alice.profile
         self._pending: tuple[int, Tensor, list[str]] | None = None
         self._values: dict[str, float] = dict.fromkeys((*TERMS, "grad_norm"), math.nan)
         self.add_event_handler(Events.ITERATION_COMPLETED, self._after_step)
@@ -216,18 +217,22 @@ class AliceTrainer(Trainer):
             last = part == self.accumulate - 1
             with nullcontext() if last or not hasattr(self.student, "no_sync") else self.student.no_sync():  # type: ignore[operator]
                 _, terms = self.losses_of(self._part(batch, part), step)
-                (terms["total"] / self.accumulate).backward()
+                with self.section("backward"):
+                    (terms["total"] / self.accumulate).backward()
             values = torch.stack([terms[name].detach() for name in TERMS]) / self.accumulate
             sums = values if sums is None else sums + values
         assert sums is not None
 
-        norm = self._clip_gradients()
+        with self.section("optimizer"):
+            norm = self._clip_gradients()
         self._report_previous()
         self._pending = step, torch.cat([mean_over_processes(sums), norm.detach().view(1)]), _scans_of(batch)
         if self.device.type == "cpu":
             self._report_previous()  # nothing to wait for: stop before a bad step is taken
-        self.optimizer.step()
-        self.ema.update(self.schedule.ema(step))
+        with self.section("optimizer"):
+            self.optimizer.step()
+        with self.section("ema"):
+            self.ema.update(self.schedule.ema(step))
         self.pairs["seen"] += len(batch["score"])
         self.pairs["fallback"] += int(batch["fallback"].sum())
         self.pairs["redraws"] += int(batch["redraws"].sum())
@@ -240,18 +245,20 @@ class AliceTrainer(Trainer):
 
         A meter passes the bare student, so that DDP does not wait for a backward pass that never comes.
         """
-        crop = torch.cat([batch["crop_q"], batch["crop_k"]]).to(
-            self.device, non_blocking=True
-        )  # (2B, 1, X, Y, Z)
+        with self.section("transfer"):
+            crop = torch.cat([batch["crop_q"], batch["crop_k"]])  # (2B, 1, X, Y, Z)
+            crop = crop.to(self.device, non_blocking=True)
         seeds = torch.cat([batch["seed"], batch["seed"] + 1])
         hidden = torch.cat([batch["hidden_q"], batch["hidden_k"]])  # on the CPU, where it is counted
         plan = batch["plans"][0] if len(batch.get("plans", ())) == 1 else None
-        with torch.no_grad():
+        with torch.no_grad(), self.section("views"):
             intact = crop if self.view is None else self.view(crop, seeds)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            target = self.teacher(intact)
+            with self.section("target"):
+                target = self.teacher(intact)
             output = (student or self.student)(crop, hidden, target, self.teacher.casa, plan)
-        return output, self.loss(output, crop, hidden, step, self.schedule.similarity(step))
+        with self.section("losses"):
+            return output, self.loss(output, crop, hidden, step, self.schedule.similarity(step))
 
     def _part(self, batch: dict[str, Any], part: int) -> dict[str, Any]:
         """One of ``accumulate`` equal parts of a batch, with its own plan."""
@@ -347,6 +354,10 @@ class AliceTrainer(Trainer):
         )
         self.sampler.start = content["iteration"]
         logger.info("Resumed from %s at iteration %d.", path, content["iteration"])
+
+
+def _untimed(name: str) -> Any:
+    return nullcontext()
 
 
 def _mix(*numbers: int) -> int:

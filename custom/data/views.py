@@ -55,6 +55,9 @@ class MaskedBatch:
         parts: int = 1,
     ) -> None:
         self.masking, self.grid, self.planner, self.parts = masking, tuple(grid), planner, parts
+        masking(
+            torch.zeros(1, dtype=torch.int64), self.grid
+        )  # refuse a crop too small to mask before any worker starts
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch with ``hidden_q`` and ``hidden_k``, bool (B, ux, uy, uz), and ``plans``, one a part."""
@@ -62,7 +65,9 @@ class MaskedBatch:
         batch["hidden_q"] = self.masking(batch["seed"], self.grid)
         batch["hidden_k"] = self.masking(batch["seed"] + 1, self.grid)
         if self.planner is not None:
-            halves = zip(batch["hidden_q"].chunk(self.parts), batch["hidden_k"].chunk(self.parts), strict=True)
+            halves = zip(
+                batch["hidden_q"].chunk(self.parts), batch["hidden_k"].chunk(self.parts), strict=True
+            )
             batch["plans"] = [self.planner(torch.cat(pair)) for pair in halves]
         return batch
 

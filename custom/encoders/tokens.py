@@ -96,14 +96,19 @@ class SwinTokens(TokenEncoder):
         self.unit, self.patch = (encoder.unit,) * 3, (side,) * 3
         fine = 8 * encoder.settings["embed_dim"]
         self.width = 2 * fine
-        self.from_fine, self.from_coarse = nn.Linear(fine, self.width), nn.Linear(2 * fine, self.width, bias=False)
+        self.from_fine, self.from_coarse = (
+            nn.Linear(fine, self.width),
+            nn.Linear(2 * fine, self.width, bias=False),
+        )
 
     def forward(self, crop: Tensor, hidden: Tensor | None = None, plan: Any = None) -> Tokens:
         ux, uy, uz = self.units(tuple(crop.shape[2:]))
         found = self.encoder(crop, hidden=hidden, plan=plan)
         if not isinstance(found, VisibleFeatures):  # nothing hidden: five dense maps
             fine, coarse = found[3], F.interpolate(found[4], scale_factor=2, mode="nearest")
-            return Tokens(self._fuse(*(m.flatten(2).transpose(1, 2) for m in (fine, coarse))), (2 * ux, 2 * uy, 2 * uz))
+            return Tokens(
+                self._fuse(*(m.flatten(2).transpose(1, 2) for m in (fine, coarse))), (2 * ux, 2 * uy, 2 * uz)
+            )
         fine, coarse = found.maps[3], found.maps[4].expand(-1, -1, -1, 2, 2, 2)  # (B, V, C, 2, 2, 2)
         tokens = self._fuse(*(m.flatten(3).transpose(2, 3).flatten(1, 2) for m in (fine, coarse)))
         if hidden is None:
@@ -124,7 +129,9 @@ class NNFormerTokens(TokenEncoder):
     def __init__(self, encoder: NNFormerEncoder, width: int) -> None:
         super().__init__()
         self.encoder, self.width = encoder, width
-        for norm in list(encoder.norms)[:-1]:  # they serve the segmentation decoder's skips; nothing here calls them
+        for norm in list(encoder.norms)[
+            :-1
+        ]:  # they serve the segmentation decoder's skips; nothing here calls them
             norm.requires_grad_(False)
         x, y, z = encoder.stride
         self.patch = self.unit = (x, y, z)
@@ -132,14 +139,18 @@ class NNFormerTokens(TokenEncoder):
     def forward(self, crop: Tensor, hidden: Tensor | None = None, plan: Any = None) -> Tokens:
         tokens = self.encoder(crop, hidden=hidden)[-1].flatten(2).transpose(1, 2)
         if hidden is not None:
-            tokens = gather_visible(tokens, visible_index(hidden.flatten(1)).to(tokens.device, non_blocking=True))
+            tokens = gather_visible(
+                tokens, visible_index(hidden.flatten(1)).to(tokens.device, non_blocking=True)
+            )
         return Tokens(tokens, self.units(tuple(crop.shape[2:])))
 
 
 def _grid_order(hidden: Tensor) -> Tensor:
     """Where the visible stride-16 tokens, unit after unit with eight each, stand in grid order: (B, 8 V)."""
     ux, uy, uz = hidden.shape[1:]
-    numbers = torch.arange(8 * ux * uy * uz).view(ux, 2, uy, 2, uz, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, 8)
+    numbers = (
+        torch.arange(8 * ux * uy * uz).view(ux, 2, uy, 2, uz, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, 8)
+    )
     units = visible_index(hidden.flatten(1).cpu())  # (B, V)
     return numbers[units].flatten(1).argsort(dim=1)
 

@@ -188,12 +188,12 @@ def load_encoder(
     def positions(table: Tensor, here: Tensor) -> tuple[Tensor | None, str]:
         return _fit_positions(table, here, metadata, grid or own_grid, interpolate_positions)
 
-    fit: dict[str, Callable[[Tensor, Tensor], tuple[Tensor | None, str]]] = dict.fromkeys(_POSITIONS, positions)
+    fit: dict[str, Callable[[Tensor, Tensor], tuple[Tensor | None, str]]] = dict.fromkeys(
+        _POSITIONS, positions
+    )
     fit |= dict.fromkeys(_FIRST_LAYERS, lambda kernel, here: _fit_channels(kernel, here, adapt_channels))
     faults = _unlike_settings(network, metadata.get("network", {}))
-    faults += [
-        f"missing: {name} {tuple(wanted[name].shape)}" for name in wanted if name not in state
-    ]
+    faults += [f"missing: {name} {tuple(wanted[name].shape)}" for name in wanted if name not in state]
     faults += [f"extra: {name} {tuple(state[name].shape)}" for name in state if name not in wanted]
     filled = {}
     for name in (n for n in wanted if n in state):
@@ -223,7 +223,11 @@ def build_encoder(metadata: dict[str, Any]) -> nn.Module:
     Raises:
         WeightsError: if the metadata names no network of ours.
     """
-    kinds: dict[str, type[nn.Module]] = {"MaskedViT": MaskedViT, "MaskedSwin": MaskedSwin, "NNFormer": NNFormer}
+    kinds: dict[str, type[nn.Module]] = {
+        "MaskedViT": MaskedViT,
+        "MaskedSwin": MaskedSwin,
+        "NNFormer": NNFormer,
+    }
     if metadata.get("network_type") not in kinds:
         raise WeightsError(
             f"The metadata names the network {metadata.get('network_type')!r}; known: {', '.join(kinds)}."
