@@ -69,19 +69,20 @@ def build(
         raise ValueError("Damaged: " + "; ".join(f"{name}: {fault}" for name, fault in faults.items()))
 
 
-def export(run: str, to: str = "encoder.safetensors") -> None:
+def export(run: str, to: str = "encoder.safetensors", half: bool = False) -> None:
     """Write the online encoder of a run, ready for ``load_encoder`` and stock MONAI networks.
 
     Args:
         run: the run's output_dir, or one of its checkpoints.
         to: a .safetensors (with metadata inside) or .pt file (with a .json beside it).
+        half: store float16, for a file of half the size.
     """
     from custom.alice.run_folder import load_run
     from custom.transfer.encoder_weights import save_encoder
 
     loaded = load_run(run)
     metadata = loaded.summary | {"trained_iterations": loaded.iteration}
-    written = save_encoder(to, loaded.student.encoder.encoder, metadata)
+    written = save_encoder(to, loaded.student.encoder.encoder, metadata, half)
     print(
         f"{to}: {written['network_type']} after {loaded.iteration} iterations, sha256 {written['sha256'][:16]}..."
     )

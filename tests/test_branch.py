@@ -149,6 +149,9 @@ def test_a_feature_map_is_the_encoders_tokens_on_their_grid():
     grid = FeatureMap(net)(crop)
     assert grid.shape == (2, 48, 2, 3, 1)
     torch.testing.assert_close(grid[1, :, 1, 2, 0], net(crop)[0][1, 5])
+    twin = FeatureMap(MaskedViT(**TINY_VIT)).eval().with_weights(net.state_dict())
+    assert torch.equal(twin(crop), grid)
+    twin.load_state_dict(FeatureMap(net).state_dict())
 
 
 def test_unknown_switches_name_the_known_ones():

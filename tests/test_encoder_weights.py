@@ -52,7 +52,7 @@ def test_stock_unetr_is_filled_whole_and_gives_the_same_features(saved, capsys):
         torch.testing.assert_close(own, stock, rtol=0, atol=1e-5)
     used = {k for k in unetr.vit.state_dict() if "cross_attn" not in k}
     assert set(report.loaded) == used
-    assert "100 %" in capsys.readouterr().out and report.metadata["spacing"] == [1.5, 1.5, 2.0]
+    assert "(100%)" in capsys.readouterr().out and report.metadata["spacing"] == [1.5, 1.5, 2.0]
 
 
 def test_the_exported_file_loads_strictly_into_monais_vit(saved):
@@ -129,6 +129,12 @@ def test_a_stock_vit_of_another_size_says_that_it_needs_its_grid(saved):
     load_encoder(vit, path, grid=(3, 3, 2), interpolate_positions=True, verbose=False)
 
 
+def test_another_number_of_heads_is_refused_though_every_shape_fits(saved):
+    _, path = saved
+    with pytest.raises(WeightsError, match="num_heads: 4 in the file, 3 here: build the network with num_heads=4"):
+        load_encoder(UNETR(**(UNETR_12 | {"num_heads": 3})), path)
+
+
 def test_input_channels_are_repeated_only_when_asked(saved):
     net, path = saved
     two = UNETR(**(UNETR_12 | {"in_channels": 2})).eval()
@@ -162,6 +168,16 @@ def test_a_plain_model_pt_carries_the_same_weights(saved, tmp_path):
     assert metadata["sha256"] and set(state) == set(net.state_dict())
     twin = build_encoder(metadata)
     twin.load_state_dict(state)
+
+
+def test_half_precision_halves_the_file_and_loads_into_full(saved, tmp_path):
+    net, path = saved
+    save_encoder(tmp_path / "half.safetensors", net, {"network": net.settings}, half=True)
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * path.stat().st_size
+    unetr = UNETR(**UNETR_12).eval()
+    load_encoder(unetr, tmp_path / "half.safetensors", verbose=False)
+    assert all(v.dtype == torch.float32 for v in unetr.state_dict().values())
+    torch.testing.assert_close(unetr.vit(torch.ones(1, 1, *SIZE))[0], net(torch.ones(1, 1, *SIZE))[0], atol=2e-2, rtol=0)
 
 
 def test_altered_damaged_missing_and_foreign_files_are_refused(saved, tmp_path):

@@ -149,7 +149,7 @@ def test_patients_are_held_back_whole_and_two_stay(store):
     "kwargs, message",
     [
         ({"crop_size": (0, 4, 4)}, "crop_size"),
-        ({"window_hu": (250, -175)}, "window_hu must rise"),
+        ({"window_hu": (250, -175)}, "window_hu must be two rising"),
         ({"max_offset": 2}, "max_offset"),
         ({"names": ["case0"]}, "1 patient"),
     ],

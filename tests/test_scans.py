@@ -180,3 +180,52 @@ def test_other_settings_need_another_store(store, scans):
         build_store(scans, store.path, spacing=(0.0, 2.0, 2.0), progress=False)
     with pytest.raises(StoreError, match="index.json is missing"):
         VolumeStore(scans)
+
+
+def test_folders_are_patients_where_names_repeat(tmp_path):
+    for name in ("s1/ct.nii.gz", "s1/ct2.nii.gz", "s2/ct.nii.gz", "s2/ct2.nii.gz"):
+        save(tmp_path / name, ct())
+    assert sorted(s.patient for s in list_scans(tmp_path)) == ["s1", "s1", "s2", "s2"]
+
+
+def test_case_numbers_of_four_digits_pair_too(tmp_path, caplog):
+    for name in ("imagesTr/amos_0001.nii.gz", "labelsTr/amos_0001.nii.gz", "labelsTr/amos_0009.nii.gz"):
+        save(tmp_path / name, ct())
+    (scan,) = list_scans(tmp_path)
+    assert scan.label is not None and scan.label.name == "amos_0001.nii.gz"
+    assert "1 label file(s) pair with no image, labelsTr/amos_0009.nii.gz" in caplog.text
+
+
+def test_a_header_that_nibabel_will_not_parse_is_a_bad_scan_like_others(tmp_path):
+    path = save(tmp_path / "odd.nii", ct())
+    content = bytearray(path.read_bytes())
+    content[70:72] = (999).to_bytes(2, "little")  # datatype
+    path.write_bytes(content)
+    with pytest.raises(ScanError, match=r"odd.nii: not a readable image"):
+        read_volume(path)
+
+
+def test_a_store_remembers_patients_and_what_was_skipped(tmp_path):
+    for i in range(4):
+        write_scan(tmp_path / "scans" / f"p{i // 2}_s{i}.nii.gz", i)
+    (tmp_path / "scans" / "broken.nii.gz").write_bytes(b"")
+    built = build_store(
+        tmp_path / "scans", tmp_path / "store", (3.0, 3.0, 4.0), 1, patient_pattern=r"(p\d)_", progress=False
+    )
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "store" / "volumes").iterdir()}
+    again = build_store(
+        tmp_path / "scans", tmp_path / "store", (3.0, 3.0, 4.0), progress=False
+    )  # neither is repeated
+    assert (
+        [again.patient(n) for n in again.names]
+        == [built.patient(n) for n in built.names]
+        == ["p0", "p0", "p1", "p1"]
+    )
+    other = build_store(
+        tmp_path / "scans", tmp_path / "store", (3.0, 3.0, 4.0), patient_pattern=r"(s\d)", progress=False
+    )
+    assert {other.patient(n) for n in other.names} == {"s0", "s1", "s2", "s3"}
+    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "store" / "volumes").iterdir()}
+    (tmp_path / "scans" / "broken.nii.gz").write_bytes(b"still")
+    with pytest.raises(ScanError, match="1 of 5 scans cannot be used"):
+        build_store(tmp_path / "scans", tmp_path / "store", (3.0, 3.0, 4.0), progress=False)

@@ -107,6 +107,7 @@ class AliceTrainer(Trainer):
         clip: largest global gradient norm, None for no clipping (ours: 3.0).
         clip_each: clip every tensor by itself, as the authors' code does.
         amp: autocast to bfloat16 (on GPUs).
+        compile_encoders: run both encoders through ``torch.compile``; see docs/performance.md before you do.
         checkpoint_every: steps between checkpoints; one more is written at the end.
         keep_checkpoints: how many stay.
         resume: go on from the newest checkpoint in ``run_dir``.
@@ -131,6 +132,7 @@ class AliceTrainer(Trainer):
         clip: float | None = 3.0,
         clip_each: bool = False,
         amp: bool = False,
+        compile_encoders: bool = False,
         checkpoint_every: int = 1000,
         keep_checkpoints: int = 2,
         resume: bool = True,
@@ -169,6 +171,9 @@ class AliceTrainer(Trainer):
         self.checkpoint_every, self.keep_checkpoints, self.resume = checkpoint_every, keep_checkpoints, resume
         self.pairs = {"seen": 0, "fallback": 0, "redraws": 0}
         self.device = torch.device(device)
+        if compile_encoders:  # in place: names in state dicts stay
+            self.online.encoder.compile()
+            teacher.get_submodule("encoder").compile()
         self.section: Callable[[str], Any] = _untimed  # replaced by a profile, see custom.alice.profile
         self._pending: tuple[int, Tensor, list[str]] | None = None
         self._values: dict[str, float] = dict.fromkeys((*TERMS, "grad_norm"), math.nan)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from custom.data.body import body_mask
@@ -75,40 +76,50 @@ def build_store(
     """
     if len(spacing) != 3 or not all(0.1 <= s <= 20 for s in spacing):
         raise ValueError(f"spacing must be three numbers of mm between 0.1 and 20, got {list(spacing)}.")
-    scans = list(source) if isinstance(source, (list, tuple)) else list_scans(source, patient_pattern)  # type: ignore[arg-type]
     store = Path(store)
     settings = {"spacing": [float(s) for s in spacing], "orientation": "RAS", "units": "HU"}
+    known = _known(store, settings)
+    if isinstance(source, (list, tuple)):
+        scans = list(source)
+    else:  # a store remembers how its patients were told apart
+        patient_pattern = patient_pattern or known.get("patient_pattern")
+        scans = list_scans(source, patient_pattern)  # type: ignore[arg-type]
+    faults: dict[str, dict] = {n: f for n, f in known.get("refused", {}).items() if _same_file(f, n, scans)}
+    tolerated = set(faults)
     records = _existing(store, settings, scans)
-    todo = [scan for scan in scans if not _is_built(store, records.get(scan.name), scan)]
-    faults: dict[str, str] = {}
+    todo = [s for s in scans if s.name not in tolerated and not _is_built(store, records.get(s.name), s)]
     store.mkdir(parents=True, exist_ok=True)
+    for leftover in store.rglob("*.tmp"):  # of a build that was killed
+        leftover.unlink(missing_ok=True)
     if todo:
         logger.info("Building %d of %d volumes in %s.", len(todo), len(scans), store)
+    images = {scan.name: scan.image for scan in scans}
+    hide = not progress or not todo
     for outcome in tqdm(
-        _build_all(todo, store, settings, workers),
-        total=len(todo),
-        desc="build",
-        disable=not progress or not todo,
+        _build_all(todo, store, settings, workers), total=len(todo), desc="build", disable=hide
     ):
         if outcome.record is not None:
             records[outcome.name] = outcome.record
         else:
-            faults[outcome.name] = str(outcome.fault)
-    records = {
-        scan.name: records[scan.name] for scan in scans if scan.name in records and scan.name not in faults
-    }
-    write_index(store, settings, records)
-    write_text(store / "report.json", json.dumps({"taken": sorted(records), "refused": faults}, indent=1))
-    if len(faults) > bad_scans_allowed:
-        listed = "\n  ".join(faults.values())
+            faults[outcome.name] = {"why": str(outcome.fault), **_stamp(images[outcome.name])}
+    records = {s.name: records[s.name] for s in scans if s.name in records and s.name not in faults}
+    for scan in scans:
+        if scan.name in records:
+            records[scan.name].patient = scan.patient
+    reasons = {name: fault["why"] for name, fault in faults.items()}
+    write_text(store / "report.json", json.dumps({"taken": sorted(records), "refused": reasons}, indent=1))
+    fresh = {name: why for name, why in reasons.items() if name not in tolerated}
+    if len(faults) > bad_scans_allowed and fresh:
+        listed = "\n  ".join(reasons.values())
         raise ScanError(
             f"{len(faults)} of {len(scans)} scans cannot be used, {bad_scans_allowed} allowed:\n  {listed}\n"
             f"Mend or remove them, or set bad_scans_allowed to {len(faults)}. Good scans are kept in {store}."
         )
     if not records:
         raise ScanError(f"{store}: no usable scan among {len(scans)}. See {store / 'report.json'}.")
-    for fault in faults.values():
-        logger.warning("Skipped: %s", fault)
+    write_index(store, settings, records, {"patient_pattern": patient_pattern, "refused": faults})
+    for why in reasons.values():
+        logger.warning("Skipped: %s", why)
     return VolumeStore(store)
 
 
@@ -126,12 +137,20 @@ def require_patients(store: VolumeStore, count: int) -> None:
         )
 
 
+def _known(store: Path, settings: dict) -> dict:
+    """What the index of an earlier build says, if it was built alike."""
+    if not (store / "index.json").is_file():
+        return {}
+    index = read_index(store)
+    if index["settings"] != settings:
+        raise StoreError(
+            f"{store}: was built with {index['settings']}, now {settings} is asked for. Choose another store_dir."
+        )
+    return index
+
+
 def _existing(store: Path, settings: dict, scans: Sequence[Scan]) -> dict[str, VolumeRecord]:
     """Records of volumes that an earlier build finished: each wrote its own file last."""
-    if (store / "index.json").is_file() and (found := read_index(store)["settings"]) != settings:
-        raise StoreError(
-            f"{store}: was built with {found}, now {settings} is asked for. Choose another store_dir."
-        )
     records = {}
     for scan in scans:
         path = store / "volumes" / f"{scan.name}.json"
@@ -142,30 +161,46 @@ def _existing(store: Path, settings: dict, scans: Sequence[Scan]) -> dict[str, V
     return records
 
 
+def _stamp(path: Path) -> dict[str, int]:
+    """Size and time of a file: enough to see that it is the one of before without reading it."""
+    try:
+        found = path.stat()
+    except OSError:
+        return {"size": -1, "mtime_ns": -1}
+    return {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+def _same_file(fault: dict, name: str, scans: Sequence[Scan]) -> bool:
+    image = next((scan.image for scan in scans if scan.name == name), None)
+    return image is not None and _stamp(image) == {"size": fault["size"], "mtime_ns": fault["mtime_ns"]}
+
+
 def _is_built(store: Path, record: VolumeRecord | None, scan: Scan) -> bool:
-    if (
-        record is None
-        or record.patient != scan.patient
-        or (scan.label is not None) != bool(record.label_sha256)
-    ):
+    if record is None or (scan.label is not None) != bool(record.label_sha256) or not scan.image.is_file():
         return False
     kinds = ["hu", "body"] + (["label"] if scan.label else [])
-    return (
-        all(volume_path(store, scan.name, kind).is_file() for kind in kinds)
-        and scan.image.is_file()
-        and record.source_sha256 == sha256_of_file(scan.image)
-    )
+    if not all(volume_path(store, scan.name, kind).is_file() for kind in kinds):
+        return False
+    return record.source_stamp == _stamp(scan.image) or record.source_sha256 == sha256_of_file(scan.image)
 
 
-def _build_all(scans: list[Scan], store: Path, settings: dict, workers: int):
+def _build_all(scans: list[Scan], store: Path, settings: dict, workers: int) -> Iterator[Built]:
     if workers <= 1 or len(scans) <= 1:
         for scan in scans:
             yield _build_one(scan, store, settings)
         return
-    with ProcessPoolExecutor(min(workers, len(scans)), mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(
+        min(workers, len(scans)),
+        mp_context=get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    )
+    try:
         jobs = [pool.submit(_build_one, scan, store, settings) for scan in scans]
         for job in as_completed(jobs):
             yield job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _build_one(scan: Scan, store: Path, settings: dict) -> Built:
@@ -173,6 +208,10 @@ def _build_one(scan: Scan, store: Path, settings: dict) -> Built:
         return Built(scan.name, record=_convert(scan, store, settings))
     except ScanError as error:
         return Built(scan.name, fault=str(error))
+    except StoreError:
+        raise  # the disk, not the scan
+    except Exception as error:  # one odd file must not end the build of thousands; it is named and counted
+        return Built(scan.name, fault=f"{scan.image}: cannot be converted ({type(error).__name__}: {error}).")
 
 
 def _convert(scan: Scan, store: Path, settings: dict) -> VolumeRecord:
@@ -200,6 +239,7 @@ def _convert(scan: Scan, store: Path, settings: dict) -> VolumeRecord:
         body_step=list(steps),
         source=scan.image.name,
         source_sha256=sha256_of_file(scan.image),
+        source_stamp=_stamp(scan.image),
         voxels_sha256=sha256_of_array(hu),
         label_sha256=None if label is None else sha256_of_array(label),
         labels=labels,

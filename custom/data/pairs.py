@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -69,8 +70,8 @@ class PairDataset(Dataset):
     ) -> None:
         if len(crop_size) != 3 or min(crop_size) < 1:
             raise ValueError(f"crop_size must be three positive numbers of voxels, got {list(crop_size)}.")
-        if not window_hu[0] < window_hu[1]:
-            raise ValueError(f"window_hu must rise, got {list(window_hu)}.")
+        if len(window_hu) != 2 or not window_hu[0] < window_hu[1]:
+            raise ValueError(f"window_hu must be two rising numbers, got {list(window_hu)}.")
         if not 0.0 <= max_offset <= 1.0:
             raise ValueError(f"max_offset must be in [0, 1], got {max_offset}.")
         self.store, self.aligner = store, aligner
@@ -103,6 +104,8 @@ class PairDataset(Dataset):
             "fallback": place.fallback,
             "scan_q": place.scan_q,
             "scan_k": place.scan_k,
+            "patient_q": self.store.patient(place.scan_q),
+            "patient_k": self.store.patient(place.scan_k),
             # what masks and views of this pair are drawn from, wherever they are drawn
             "seed": int(self._rng(index, stream=1).integers(1 << 62)),
         }
@@ -257,7 +260,14 @@ def pair_loader(
         prefetch_factor=2 if workers else None,
         pin_memory=pin_memory,
         collate_fn=collate,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A signal to the whole group (torchrun, timeout, Slurm) must not kill workers before the trainer has saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def hold_back(store: VolumeStore, patients: int, seed: int = 0) -> tuple[list[str], list[str]]:

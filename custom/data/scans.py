@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import re
 import zlib
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 _LABEL_NAME = re.compile(r"(^|[_\-. ])(labels?|seg|segmentation|mask)$|^label\d+$", re.IGNORECASE)
@@ -48,7 +52,8 @@ def list_scans(source: str | Path, patient_pattern: str | None = None) -> list[S
     Args:
         source: folder or JSON.
         patient_pattern: regular expression found in an image's path; its first group (or the whole match)
-            is the patient. None takes TCGA barcodes where there are any, else one patient per scan.
+            is the patient. None takes TCGA barcodes where there are any; else the folder, if file names repeat
+            from folder to folder; else one patient per scan.
 
     Raises:
         ScanError: for a missing, empty or unreadable source, or a file listed twice.
@@ -74,18 +79,26 @@ def list_scans(source: str | Path, patient_pattern: str | None = None) -> list[S
 def _folder_records(folder: Path) -> list[dict]:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name.lower().endswith(IMAGE_SUFFIXES))
     labels = {_pair_key(p): p for p in files if _is_label(p)}
-    return [{"image": p, "label": labels.get(_pair_key(p))} for p in files if not _is_label(p)]
+    records = []
+    for image in (p for p in files if not _is_label(p)):
+        # a case number may look like nnU-Net's channel number: the whole name first, then without its tail
+        whole, cut = _pair_key(image), _pair_key(image, cut_tail=True)
+        records.append({"image": image, "label": labels.pop(whole, None) or labels.pop(cut, None)})
+    if labels:
+        listed = ", ".join(str(p.relative_to(folder)) for p in list(labels.values())[:3])
+        logger.warning("%s: %d label file(s) pair with no image, %s ...", folder, len(labels), listed)
+    return records
 
 
 def _is_label(path: Path) -> bool:
     return bool(_LABEL_NAME.search(stem(path)) or _LABEL_FOLDER.match(path.parent.name))
 
 
-def _pair_key(path: Path) -> tuple[str, str]:
+def _pair_key(path: Path, cut_tail: bool = False) -> tuple[str, str]:
     """What an image and its label share: the case's name, and the folder above ``images``/``labels``."""
     name = re.sub(r"[_\-. ]?(labels?|seg|segmentation|mask)$", "", stem(path), flags=re.IGNORECASE)
     name = re.sub(r"^(label|img|image)(?=\d)", "", name, flags=re.IGNORECASE)
-    name = _IMAGE_TAIL.sub("", name) if not _is_label(path) else name
+    name = _IMAGE_TAIL.sub("", name) if cut_tail else name
     sub = re.match(
         r"^(images?|labels?|masks?|segs?|segmentations?)(tr|ts|va)?$", path.parent.name, re.IGNORECASE
     )
@@ -122,6 +135,9 @@ def _to_scans(source: Path, records: Iterable[dict], pattern: str | None) -> lis
     scans: list[Scan] = []
     seen: dict[Path, str] = {}
     names: set[str] = set()
+    records = list(records)
+    stems = [stem(Path(record["image"])) for record in records]
+    repeated = source.is_dir() and len(set(stems)) < len(stems)
     for record in records:
         image = Path(record["image"])
         if (real := image.resolve()) in seen:
@@ -133,7 +149,9 @@ def _to_scans(source: Path, records: Iterable[dict], pattern: str | None) -> lis
         while name in names:
             name += "_"
         names.add(name)
-        patient = record.get("patient") or _patient_of(str(relative), short, compiled)
+        # one folder a patient, where names repeat from folder to folder; else one scan a patient
+        alone = relative.parent.as_posix() if repeated and relative.parent.name else short
+        patient = record.get("patient") or _patient_of(str(relative), alone, compiled)
         label = record.get("label")
         extra = {k: v for k, v in record.items() if k not in ("image", "label", "patient")}
         scans.append(Scan(name, image, str(patient), Path(label) if label else None, extra))
@@ -180,7 +198,7 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
             volume, affine = _read_itk(path)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ScanError(f"{path}: truncated or damaged ({error}). Copy it again.") from error
-    except (ImageFileError, OSError, ValueError, RuntimeError) as error:
+    except (ImageFileError, HeaderDataError, OSError, ValueError, RuntimeError) as error:
         raise ScanError(f"{path}: not a readable image ({str(error).splitlines()[0]}).") from error
     if volume.dtype.fields is not None or volume.ndim != 3:
         raise ScanError(

@@ -38,6 +38,7 @@ class VolumeRecord:
     voxels_sha256: str
     label_sha256: str | None = None
     labels: list[int] = field(default_factory=list)
+    source_stamp: dict[str, int] = field(default_factory=dict)  # size and mtime_ns
 
 
 class VolumeStore:
@@ -172,9 +173,9 @@ class VolumeStore:
         return self.records[name]
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=64)  # a large scan's voxels are some MiB
 def _body_voxels(path: Path, name: str, step: tuple[int, ...]) -> np.ndarray:
-    packed = blosc2.open(str(volume_path(path, name, "body")), mode="r")[:]
+    packed = blosc2.open(str(volume_path(path, name, "body")), mode="r", dparams={"nthreads": 1})[:]
     return np.argwhere(packed) * np.array(step) + np.array(step) // 2
 
 
@@ -201,9 +202,14 @@ def read_index(store: Path) -> dict[str, Any]:
     return index
 
 
-def write_index(store: Path, settings: dict[str, Any], records: dict[str, VolumeRecord]) -> None:
-    """Replace the index whole."""
-    content = {
+def write_index(
+    store: Path,
+    settings: dict[str, Any],
+    records: dict[str, VolumeRecord],
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Replace the index whole; ``extra`` is kept beside settings and volumes."""
+    content = (extra or {}) | {
         "format": FORMAT,
         "settings": settings,
         "volumes": {n: asdict(r) for n, r in sorted(records.items())},
@@ -232,6 +238,10 @@ def write_array(path: Path, array: np.ndarray) -> None:
             mode="w",
         )
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # blosc2 reports a full disk as RuntimeError
+        raise StoreError(
+            f"{path}: cannot be written ({error}). Make room on the disk and build again."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -243,6 +253,10 @@ def write_text(path: Path, text: str) -> None:
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be written ({error}). Make room on the disk and build again."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

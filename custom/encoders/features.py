@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from custom.encoders.tokens import token_encoder
 
 
 class FeatureMap(nn.Module):
-    """The method's tokens of an encoder, laid out on their grid; state dict keys are the encoder's own.
+    """The method's tokens of an encoder, laid out on their grid; it takes the encoder's own state dict too.
 
     Args:
         encoder: a network that ``token_encoder`` knows.
@@ -17,13 +19,21 @@ class FeatureMap(nn.Module):
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.tokens = token_encoder(encoder)
+        self.register_load_state_dict_pre_hook(_place_encoder_keys)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 1, X, Y, Z) -> (B, C, gx, gy, gz), one token per patch."""
         found = self.tokens(x)
         return found.tokens.transpose(1, 2).reshape(len(x), -1, *found.grid)
 
-    def load_encoder_state(self, state: dict[str, Tensor]) -> FeatureMap:
+    def with_weights(self, state: dict[str, Tensor]) -> FeatureMap:
         """Fill the encoder, strictly; returns itself, so that a config can chain it."""
-        self.tokens.encoder.load_state_dict(state)
+        self.load_state_dict(state)
         return self
+
+
+def _place_encoder_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """An exported encoder's keys, put where the encoder sits."""
+    own = f"{prefix}tokens."
+    for key in [k for k in state if k.startswith(prefix) and not k.startswith(own)]:
+        state[f"{own}encoder.{key.removeprefix(prefix)}"] = state.pop(key)

@@ -44,6 +44,7 @@ class LoadReport:
 
     path: str
     network: str
+    wanted: int = 0  # tensors of the network's encoder
     loaded: list[str] = field(default_factory=list)
     adapted: dict[str, str] = field(default_factory=dict)  # tensor -> how it was changed
     unused: list[str] = field(default_factory=list)  # tensors that MONAI's forward pass never touches
@@ -64,7 +65,10 @@ class LoadReport:
         rows = [
             ("file", self.path),
             ("network", self.network),
-            ("encoder tensors filled", f"{len(self.loaded)} of {len(self.loaded)} (100 %)"),
+            (
+                "encoder tensors filled",
+                f"{len(self.loaded)} of {self.wanted} ({len(self.loaded) / self.wanted:.0%})",
+            ),
             ("adapted", "; ".join(f"{k}: {v}" for k, v in self.adapted.items()) or "none"),
             ("unused by MONAI, left out", str(len(self.unused))),
             *((key, str(self.metadata[key])) for key in wanted if key in self.metadata),
@@ -73,13 +77,16 @@ class LoadReport:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def save_encoder(path: str | Path, encoder: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
+def save_encoder(
+    path: str | Path, encoder: nn.Module, metadata: dict[str, Any], half: bool = False
+) -> dict[str, Any]:
     """Write an encoder's state dict and what one must know to use it.
 
     Args:
         path: ``.safetensors``, or ``.pt`` for a plain state dict (with the metadata in a ``.json`` beside it).
         encoder: a network with MONAI's keys.
         metadata: plain values.
+        half: store float16, for a file of half the size; loading turns it back.
 
     Returns:
         The metadata as written, with format, versions and the sha256 of the weights.
@@ -89,6 +96,8 @@ def save_encoder(path: str | Path, encoder: nn.Module, metadata: dict[str, Any])
     """
     path = Path(path)
     state = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    if half:
+        state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     # of everything in the summary, the version that wrote this file is the one that counts for its keys
     metadata = {**metadata, "format": FORMAT, "monai_version": monai.__version__, "sha256": sha256_of(state)}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -211,7 +220,7 @@ def load_encoder(
     with torch.no_grad():
         for name, tensor in filled.items():
             wanted[name].copy_(tensor)
-    report.loaded = list(filled)
+    report.wanted, report.loaded = len(wanted), list(filled)
     if verbose:
         print(report)
     return report
@@ -276,6 +285,14 @@ def _unlike_settings(network: nn.Module, settings: dict[str, Any]) -> list[str]:
         if getattr(swin, "use_v2", False):
             fix = "build it with use_v2=False"
             faults.append(f"use_v2: the network has residual convolutions that the encoder lacks: {fix}")
+    vit = network.vit if isinstance(network, UNETR) else network
+    if isinstance(vit, (ViT, ViTAutoEnc)):
+        here = vit.blocks[0].attn.num_heads
+        there = settings.get("num_heads", here)
+        if there != here:
+            faults.append(
+                f"num_heads: {there} in the file, {here} here: build the network with num_heads={there}"
+            )
     if isinstance(network, NNFormer):
         here = network.settings["relative_index"]
         there = settings.get("relative_index", here)

@@ -1,0 +1,49 @@
+"""The rooms of docs/design.md: imports point one way."""
+
+import ast
+
+from conftest import REPO
+
+ALLOWED = {
+    "encoders": set(),
+    "evaluation": set(),
+    "transfer": {"encoders", "landmarks"},
+    "alice": {"encoders", "transfer", "processes"},
+    "landmarks": {"data", "processes", "report", "evaluation"},  # of data: scans, store, body, phantoms
+    "data": {"landmarks", "encoders", "processes", "report"},
+    "report": {"evaluation"},
+}
+
+
+def imports():
+    """Module -> modules of this package it imports, wherever in the file."""
+    found = {}
+    for path in (REPO / "custom").rglob("*.py"):
+        name = ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        found[name] = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and n.module.startswith("custom")}
+    return found
+
+
+def room(module):
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_rooms_import_only_what_the_design_allows():
+    for module, targets in imports().items():
+        mine = room(module)
+        if mine in ALLOWED:
+            strangers = {t for t in targets if room(t) not in ALLOWED[mine] | {mine}}
+            assert not strangers, f"{module} imports {sorted(strangers)}"
+
+
+def test_no_module_imports_itself_through_others():
+    graph = imports()
+
+    def visit(module, path):
+        assert module not in path, " -> ".join([*path, module])
+        for target in graph.get(module, ()):
+            visit(target, [*path, module])
+
+    for module in graph:
+        visit(module, [])
