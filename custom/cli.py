@@ -81,7 +81,10 @@ def export(run: str, to: str = "encoder.safetensors", half: bool = False) -> Non
     from custom.transfer.encoder_weights import save_encoder
 
     loaded = load_run(run)
-    metadata = loaded.summary | {"trained_iterations": loaded.iteration}
+    private = ("held_back", "store_dir")  # names of scans and folders stay with the run
+    metadata = {k: v for k, v in loaded.summary.items() if k not in private} | {
+        "trained_iterations": loaded.iteration
+    }
     written = save_encoder(to, loaded.student.encoder.encoder, metadata, half)
     print(
         f"{to}: {written['network_type']} after {loaded.iteration} iterations, sha256 {written['sha256'][:16]}..."
@@ -168,6 +171,7 @@ def picture(run: str, to: str = "picture.png") -> None:
     figure.suptitle(
         f"{summary['network_type']} after {loaded.iteration} of {summary['iterations']} iterations, {summary['scans']} scans"
     )
+    Path(to).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(to, dpi=110)
     print(f"{to}: {pair['scan_q']} and {pair['scan_k']}")
 

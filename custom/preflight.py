@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import difflib
+import inspect
 import logging
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from pydoc import locate
 from types import TracebackType
 from typing import Any
 
@@ -56,6 +58,9 @@ def preflight(arguments: Sequence[str]) -> None:
         check_keys(complete, ConfigParser.load_config_file(file), file)
     allowed = RUN_OPTIONS | (TRACKING_OPTIONS if "tracking" in options else set())
     check_keys(complete, {k: v for k, v in options.items() if k not in allowed}, "the command line")
+    if "args_file" in options:
+        given = ConfigParser.load_config_file(options["args_file"])
+        check_keys(complete, {k: v for k, v in given.items() if k not in allowed}, options["args_file"])
 
 
 def command_line(arguments: Sequence[str]) -> dict[str, str]:
@@ -88,9 +93,20 @@ def check_keys(complete: dict[str, Any], overrides: dict[str, Any], origin: str)
             elif isinstance(node, dict) and part in node:
                 node = node[part]
             elif isinstance(node, dict) and "_target_" in node and depth == len(parts) - 1:
-                break  # a new argument of an object: its constructor answers for it
+                _check_argument(key, part, node["_target_"], origin)
+                break
             else:
                 raise ConfigKeyError(_unknown(key, part, node, origin))
+
+
+def _check_argument(key: str, argument: str, target: str, origin: str) -> None:
+    """A new argument of an object must be one that its constructor takes."""
+    found = locate(target)
+    if found is None or argument.startswith("_"):  # a short MONAI name, or one of MONAI's own keys
+        return
+    taken = inspect.signature(found).parameters  # type: ignore[arg-type]
+    if argument not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        raise ConfigKeyError(_unknown(key, argument, dict.fromkeys(taken), origin))
 
 
 def _unknown(key: str, part: str, node: Any, origin: str) -> str:

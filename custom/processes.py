@@ -49,6 +49,24 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def first_process_says(number: int, device: torch.device) -> int:
+    """The first process's number, on every process."""
+    if not _many():
+        return number
+    value = torch.tensor(number, device=device)
+    dist.broadcast(value, 0)
+    return int(value)
+
+
+def names_of_all(names: list[str]) -> list[str]:
+    """Names of all processes, each once, in order."""
+    if not _many():
+        return sorted(set(names))
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, names)
+    return sorted({name for part in gathered for name in part})
+
+
 def wait_for_all() -> None:
     """A barrier."""
     if _many():

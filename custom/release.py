@@ -18,6 +18,13 @@ from monai.bundle import ConfigParser
 REPO = Path(__file__).resolve().parents[1]
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files give the same zip on every machine
 _LEFT_OUT = {"__pycache__", ".DS_Store"}
+_PARTS = (
+    "LICENSE",
+    "large_files.yml",
+    "configs",
+    "docs",
+    "models",
+)  # what runs leave in the folder stays at home
 
 
 def package(target: Path, bundles: Path = REPO / "bundles") -> list[Path]:
@@ -47,9 +54,10 @@ def package(target: Path, bundles: Path = REPO / "bundles") -> list[Path]:
 
 
 def _members(bundle: Path) -> Iterator[tuple[str, Path]]:
-    for file in bundle.rglob("*"):
-        if file.is_file() and not _LEFT_OUT & set(file.parts):
-            yield file.relative_to(bundle).as_posix(), file
+    for part in _PARTS:
+        for file in [bundle / part, *(bundle / part).rglob("*")]:
+            if file.is_file() and not _LEFT_OUT & set(file.parts):
+                yield file.relative_to(bundle).as_posix(), file
     configs = "".join(p.read_text(encoding="utf-8") for p in (bundle / "configs").glob("*.yaml"))
     if "_target_: custom." in configs:
         for file in (REPO / "custom").rglob("*"):
@@ -58,9 +66,21 @@ def _members(bundle: Path) -> Iterator[tuple[str, Path]]:
 
 
 def show(config: Path) -> str:
-    """A config with its references written out, as YAML, nothing instantiated."""
-    parser = ConfigParser(ConfigParser.load_config_file(config))
-    return json.dumps(parser.get(), indent=1, default=str)
+    """A config as MONAI reads it, one flat line a value, nothing instantiated."""
+    lines: list[str] = []
+
+    def walk(node: object, path: str) -> None:
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                walk(value, f"{path}::{key}" if path else str(key))
+        elif isinstance(node, list) and node and not all(isinstance(v, (int, float)) for v in node):
+            for i, value in enumerate(node):
+                walk(value, f"{path}::{i}")
+        else:
+            lines.append(f"{path}: {node}")
+
+    walk(ConfigParser(ConfigParser.load_config_file(config)).get(), "")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> None:

@@ -66,9 +66,11 @@ def test_the_head_ends_in_unit_vectors_or_in_cosines():
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
-@pytest.mark.parametrize("casa_teacher", ["shared", "ema"])
-def test_gradients_reach_every_online_parameter_and_no_teacher_parameter(alignment, casa_teacher):
-    student = branch(alignment=alignment, casa_teacher=casa_teacher)
+@pytest.mark.parametrize("casa_teacher, pooled_from", [("shared", "decoder"), ("ema", "encoder")])
+def test_gradients_reach_every_online_parameter_and_no_teacher_parameter(
+    alignment, casa_teacher, pooled_from
+):
+    student = branch(alignment=alignment, casa_teacher=casa_teacher, pooled_from=pooled_from)
     teacher = student.make_teacher()
     crop, hidden = torch.rand(4, 1, 32, 48, 16), hide_tokens(4, (2, 3, 1), 0.5)
     output = student(crop, hidden, teacher(crop), teacher.casa)

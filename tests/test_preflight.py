@@ -44,6 +44,13 @@ def test_misspelt_keys_are_named_with_what_was_meant(key, message):
         check_keys(COMPLETE, {key: 1}, "here")
 
 
+def test_a_new_argument_must_be_one_that_the_object_takes():
+    config = {"head": {"_target_": "custom.alice.heads.ProjectionHead", "width": 3}}
+    check_keys(config, {"head::bottleneck": 8}, "here")
+    with pytest.raises(ConfigKeyError, match="'head::botleneck' is no setting.*mean 'bottleneck'"):
+        check_keys(config, {"head::botleneck": 8}, "here")
+
+
 def test_a_command_line_is_read_as_fire_reads_it():
     words = ["run", "--config_file", "a.yaml", "--lr=3", "--flag", "--net::width", "-1"]
     assert command_line(words) == {"config_file": "a.yaml", "lr": "3", "flag": "", "net::width": "-1"}

@@ -3,6 +3,9 @@
 import math
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,7 +48,10 @@ def make_trainer(
         loss=AliceLoss((16, 16, 16), similarity, width=student.head.out_width),
         optimizer=torch.optim.AdamW(decay_groups(student, 0.05), lr=1.0, betas=(0.9, 0.95)),
         loader=pair_loader(
-            pairs, batch, steps, kwargs.pop("workers", 0),
+            pairs,
+            batch,
+            steps,
+            kwargs.pop("workers", 0),
             collate=MaskedBatch(Masking(0.5), (2, 3, 1), parts=kwargs.get("accumulate", 1)),
         ),  # fmt: skip
         schedule=kwargs.pop("schedule", Schedule(steps, 1e-3, warmup=min(2, steps), momentum=0.9)),
@@ -182,14 +188,39 @@ def test_a_signal_saves_and_leaves(store, tmp_path, number):
         store, tmp_path, handlers=[LeaveOnSignal(), StopAt(3, lambda e: os.kill(os.getpid(), number))]
     )
     before = signal.getsignal(number)
-    try:
-        trainer.run()
-    finally:
-        signal.signal(number, before)
+    trainer.run()
+    assert signal.getsignal(number) is before
     assert trainer.state.iteration in (3, 4)
     assert (
         load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))["iteration"] == trainer.state.iteration
     )
+
+
+def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(store, tmp_path):
+    """torchrun, timeout and Slurm signal the group; a dead worker would end the run without a checkpoint."""
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_trainer import LeaveOnSignal, StopAt, make_trainer
+from custom.data.store import VolumeStore
+trainer = make_trainer(VolumeStore({str(store.path)!r}), {str(tmp_path)!r}, workers=1, steps=30,
+    handlers=[LeaveOnSignal(), StopAt(3, lambda e: os.killpg(os.getpgid(0), signal.SIGTERM))])
+trainer.run()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], start_new_session=True, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 3 <= load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))["iteration"] < 30
+
+
+def test_other_settings_or_scans_do_not_go_on_as_the_same_run(store, tmp_path):
+    make_trainer(store, tmp_path, steps=2, summary={"seed": 0, "trained_on": "a", "iterations": 2}).run()
+    with pytest.raises(
+        CheckpointError, match="trained_on was 'a', now 'b'. Set it back, or choose another output_dir"
+    ):
+        make_trainer(store, tmp_path, steps=4, summary={"seed": 0, "trained_on": "b", "iterations": 4}).run()
+    make_trainer(store, tmp_path, steps=4, summary={"seed": 0, "trained_on": "a", "iterations": 4}).run()
 
 
 def test_checkpoints_of_other_runs_are_refused(store, tmp_path):

@@ -113,6 +113,9 @@ class StudentBranch(nn.Module):
         )
         self.alignment, self.casa_teacher, self.pooled_from = alignment, casa_teacher, pooled_from
         self.teacher_has_decoder = teacher_has_decoder
+        self.uses_context = pooled_from == "decoder" or alignment not in ("direct", "none")
+        if not self.uses_context:  # nothing would ever give it a gradient
+            self.decoder.features.requires_grad_(False)
 
     def make_teacher(self) -> TeacherBranch:
         """A teacher that starts as this student, module for module."""
@@ -146,10 +149,11 @@ class StudentBranch(nn.Module):
         decoded = self.decoder(encoded.tokens, encoded.grid, token_hidden)  # (B, N, width)
         student_tokens, teacher_tokens, projected = None, None, None
 
-        context = self.head(self.decoder.features(decoded))  # H, (B, N, D)
+        context = self.head(self.decoder.features(decoded)) if self.uses_context else None  # H, (B, N, D)
         if self.pooled_from == "encoder" or self.alignment in ("casa_official", "direct"):
             projected = self.head(encoded.tokens)  # phi(V), (B, N_visible, D)
         if self.casa is not None:
+            assert context is not None
             queries = encoded.tokens if projected is None or self.alignment == "casa" else projected
             student_tokens = self.casa(queries, context)
             with torch.no_grad():

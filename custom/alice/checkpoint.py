@@ -37,10 +37,12 @@ def save_checkpoint(folder: Path, iteration: int, content: dict[str, Any], keep:
     Raises:
         CheckpointError: if the disk is full or cannot be written.
     """
-    path = folder / f"iteration_{iteration:08d}.pt"
+    path = checkpoint_path(folder, iteration)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("iteration_*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
         with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, "iteration": iteration, **content}, file)
             file.flush()
@@ -67,6 +69,18 @@ def checkpoints_of(folder: Path) -> Iterator[Path]:
     yield from (path for _, path in sorted(found))
 
 
+def checkpoint_path(folder: Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration lies."""
+    return folder / f"iteration_{iteration:08d}.pt"
+
+
+def iteration_of(path: Path) -> int:
+    """The iteration that a checkpoint's name tells."""
+    match = _NAME.match(path.name)
+    assert match is not None
+    return int(match.group(1))
+
+
 def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Read one checkpoint.
 
@@ -74,7 +88,9 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         CheckpointError: if the file is missing, damaged, or no checkpoint of ours.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint.")
+        raise CheckpointError(
+            f"{path}: no such checkpoint here. Every process of a run must see the same output_dir."
+        )
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:

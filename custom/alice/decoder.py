@@ -30,7 +30,8 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, 4 * width, num_heads, qkv_bias=True) for _ in range(depth)
+            TransformerBlock(width, 4 * width, num_heads, qkv_bias=True, use_flash_attention=True)
+            for _ in range(depth)
         )
         for name, parameter in self.named_parameters():
             if "cross_attn" in name:  # MONAI keeps these although nothing calls them
@@ -53,7 +54,7 @@ class Decoder(nn.Module):
             (B, N, width), normalised.
         """
         embedded = self.embed(visible)
-        positions = sincos_positions(tuple(grid), self.width).to(embedded)
+        positions = sincos_positions(tuple(grid), self.width, str(embedded.device)).to(embedded.dtype)
         if hidden is not None:
             index = visible_index(hidden.flatten(1)).to(visible.device, non_blocking=True)
             tokens = self.mask_token.to(embedded.dtype).expand(len(visible), positions.shape[1], -1)

@@ -59,8 +59,8 @@ def gradient_norms(terms: dict[str, Tensor], network: nn.Module) -> dict[str, fl
 class Monitors:
     """Every ``every`` steps: spread, rank and similarity of pooled vectors, EMA drift, gradient per term.
 
-    Vectors of the last ``window`` crops are kept, since one batch is too few for a rank. The values land in
-    ``engine.state.metrics`` under ``monitor/...``; a spread below the alarm's is logged as a warning.
+    Vectors of the last ``window`` crops are kept, as the steps themselves made them, since one batch is too few for
+    a rank. The values land in ``engine.state.metrics`` under ``monitor/...``; a collapse is logged as a warning.
     """
 
     def __init__(self, every: int = 100, window: int = 128) -> None:
@@ -71,36 +71,36 @@ class Monitors:
 
     def attach(self, engine: Any) -> None:
         """Hook into a trainer."""
-        engine.add_event_handler(Events.ITERATION_COMPLETED(event_filter=self._near), self.measure)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self.measure)
 
-    def _near(self, engine: Any, iteration: int) -> bool:
-        """A few steps before each report too, to fill the window without looking at every batch."""
-        return (iteration - 1) % self.every >= self.every - 8 or iteration % self.every == 0
+    def collect(self, engine: Any) -> None:
+        """Keep this step's vectors, where they are."""
+        for student, teacher, owners in engine.pooled:
+            self.student.extend(student)
+            self.teacher.extend(teacher)
+            self.owners.extend(owners)
 
     def measure(self, engine: Any) -> None:
-        """Collect, and report when it is time."""
-        report = engine.state.iteration % self.every == 0
+        """Judge what was collected, and each term's gradient on the first part of the batch."""
         student, loss = engine.online, engine.loss
         loss.eval()  # running centres must not move
-        with torch.set_grad_enabled(report):
-            output, terms = engine.losses_of(engine.state.batch, engine.state.iteration - 1, student)
+        _, terms = engine.losses_of(engine.part(engine.state.batch, 0), engine.state.iteration - 1, student)
+        gradients = gradient_norms(terms, student.encoder)
         loss.train()
-        self.student.extend(output.student_pooled.detach().float().cpu())
-        self.teacher.extend(output.teacher_pooled.detach().float().cpu())
-        batch = engine.state.batch
-        self.owners.extend([*batch["scan_q"], *batch["scan_k"]])
-        if not report:
-            return
         teacher, own = torch.stack(list(self.teacher)), torch.stack(list(self.student))
+        seen = max(engine.pairs["seen"], 1)
         values = {
             "std_teacher": float(embedding_std(teacher)),
             "std_student": float(embedding_std(own)),
             "rank_teacher": float(effective_rank(teacher)),
             "cosine_between_patients": float(mean_cosine(teacher, list(self.owners))),
             "ema_drift": float(engine.ema.drift()),
-            "fallback_pairs": engine.pairs["fallback"] / max(engine.pairs["seen"], 1),
-        } | gradient_norms(terms, student.encoder)
-        engine.state.metrics.update({f"monitor/{name}": value for name, value in values.items()})
+            "fallback_pairs": engine.pairs["fallback"] / seen,
+            "redraws_per_pair": engine.pairs["redraws"] / seen,
+            "mean_score": engine.pairs["score"] / seen,
+        } | gradients
+        engine.report({f"monitor/{name}": value for name, value in values.items()})
         if values["std_teacher"] < ALARM_STD and values["rank_teacher"] < 2:
             logger.warning(
                 "Step %d: the teacher's vectors collapse (spread %.3f of a healthy 1, effective rank %.1f). "
@@ -115,7 +115,7 @@ class ProbeHandler:
     """Every ``every`` steps: run a probe on the frozen online encoder, by the first process.
 
     Args:
-        probe: takes the token encoder, gives named numbers; see ``custom.data.probes``.
+        probe: takes the token encoder, gives named numbers; see ``custom.evaluation.probe``.
         every: steps between probes; the first is before training, as the untrained baseline.
     """
 
@@ -136,7 +136,7 @@ class ProbeHandler:
             encoder.eval()
             values = self.probe(encoder)
             encoder.train(training)
-            engine.state.metrics.update({f"probe/{name}": value for name, value in values.items()})
+            engine.report({f"probe/{name}": value for name, value in values.items()})
             logger.info(
                 "Step %d: %s", engine.state.iteration, ", ".join(f"{k} {v:.3f}" for k, v in values.items())
             )

@@ -82,6 +82,7 @@ class OfficialStudent(nn.Module):
         )
         context, pooled, (bottleneck, image) = _describe(self.network, self.head, self.adapters, seen)
         queries = self.head(self.adapters["encoder"](bottleneck.tokens))  # (B, 64, 512) at 64^3
+        student_tokens = self.casa(queries, context)
         with torch.no_grad():
             aligned = self.casa(queries, target.tokens)
         return StudentOutput(
@@ -89,7 +90,7 @@ class OfficialStudent(nn.Module):
             visible=bottleneck.tokens,
             student_pooled=pooled,
             teacher_pooled=target.pooled,
-            student_tokens=self.casa(queries, context),
+            student_tokens=student_tokens,
             teacher_tokens=aligned,
         )
 

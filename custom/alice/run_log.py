@@ -33,7 +33,6 @@ class RunLog:
         self.folder, self.every = Path(folder), max(every, 1)
         self.path = self.folder / "log.jsonl"
         self._writer: SummaryWriter | None = None
-        self._told: dict[str, float] = {}
         self._clock, self._seen = 0.0, 0
 
     def attach(self, engine: Any) -> None:
@@ -49,20 +48,20 @@ class RunLog:
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=engine.state.iteration + 1)
         self._clock, self._seen = time.monotonic(), engine.state.iteration
-        if engine.state.metrics and engine.state.iteration == 0:
-            self._write(0, dict(engine.state.metrics))  # the untrained baseline
-        self._told = dict(engine.state.metrics)
+        baseline = _take_news(engine)
+        if baseline and engine.state.iteration == 0:
+            self._write(0, baseline)  # the untrained network
 
     def _line(self, engine: Any) -> None:
         step, now = engine.state.iteration, time.monotonic()
         values = dict(engine.state.output)
+        if hasattr(engine, "flush"):  # on a GPU this waits for the step, once in `every`
+            values |= (fetched := engine.flush()) | {"loss": fetched["total"]}
         values["learning_rate"] = engine.optimizer.param_groups[0]["lr"]
         pairs = engine.data_loader.batch_sampler.batch_size * world_size() * (step - self._seen)
         speed = pairs / max(now - self._clock, 1e-9)
         self._clock, self._seen = now, step
-        fresh = {k: v for k, v in engine.state.metrics.items() if self._told.get(k) != v}
-        self._told = dict(engine.state.metrics)
-        self._write(step, values | fresh, speed)
+        self._write(step, values | _take_news(engine), speed)
 
     def _write(self, step: int, values: dict[str, float], speed: float | None = None) -> None:
         line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
@@ -78,6 +77,14 @@ class RunLog:
     def _stop(self, engine: Any) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _take_news(engine: Any) -> dict[str, float]:
+    """What meters reported since the last look, by a trainer that collects it."""
+    news = dict(getattr(engine, "news", {}))
+    if news:
+        engine.news = {}
+    return news
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
@@ -141,15 +148,26 @@ class LeaveOnSignal:
 
     def __init__(self, every: int = 10) -> None:
         self.every, self.asked = max(every, 1), False
+        self._before: dict[int, Any] = {}
 
     def attach(self, engine: Any) -> None:
         """Hook into a trainer; handlers are put in place when it starts, and taken away when it ends."""
         engine.add_event_handler(Events.STARTED, self._listen)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._leave_if_asked)
+        engine.add_event_handler(Events.COMPLETED, self._stop_listening)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
 
     def _listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._hear)
+            self._before[number] = signal.signal(number, self._hear)
+
+    def _stop_listening(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _fail(self, engine: Any, error: BaseException) -> None:
+        self._stop_listening()
+        raise error
 
     def _hear(self, number: int, frame: Any) -> None:
         self.asked = True

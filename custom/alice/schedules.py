@@ -50,4 +50,7 @@ def decay_groups(modules: nn.Module | Iterable[nn.Module], weight_decay: float) 
                 part in name for part in ("position", "pos_embed", "mask_token")
             )
             (decayed if plain else spared).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return [
+        {"params": decayed, "weight_decay": weight_decay, "decays": True},
+        {"params": spared, "weight_decay": 0.0, "decays": False},
+    ]

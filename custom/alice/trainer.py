@@ -17,15 +17,31 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from custom.alice.branch import StudentBranch, StudentOutput, TeacherBranch
-from custom.alice.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from custom.alice.checkpoint import (
+    CheckpointError,
+    checkpoint_path,
+    iteration_of,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from custom.alice.ema import EMA
 from custom.alice.losses import AliceLoss
 from custom.alice.schedules import cosine_ramp, linear_ramp, warmup_cosine
-from custom.processes import mean_over_processes, rank, wait_for_all, world_size
+from custom.processes import (
+    first_process_says,
+    mean_over_processes,
+    names_of_all,
+    rank,
+    wait_for_all,
+    world_size,
+)
 
 logger = logging.getLogger(__name__)
 
 TERMS = ("total", "l_r", "l_dv", "l_st")
+# what of a run's summary may differ when it goes on: everything else would make it another run
+MAY_CHANGE = {"iterations", "store_dir", "monai_version", "torch_version"}
 
 
 @dataclass(frozen=True)
@@ -169,14 +185,19 @@ class AliceTrainer(Trainer):
         )
         self.run_dir, self.summary = Path(run_dir), summary or {}
         self.checkpoint_every, self.keep_checkpoints, self.resume = checkpoint_every, keep_checkpoints, resume
-        self.pairs = {"seen": 0, "fallback": 0, "redraws": 0}
+        self.pairs: dict[str, float] = {"seen": 0, "fallback": 0, "redraws": 0, "score": 0.0}
         self.device = torch.device(device)
         if compile_encoders:  # in place: names in state dicts stay
             self.online.encoder.compile()
             teacher.get_submodule("encoder").compile()
         self.section: Callable[[str], Any] = _untimed  # replaced by a profile, see custom.alice.profile
-        self._pending: tuple[int, Tensor, list[str]] | None = None
+        self.news: dict[str, float] = {}  # what meters reported since the log last looked
+        self.pooled: list[
+            tuple[Tensor, Tensor, list[str]]
+        ] = []  # student's, teacher's, whose; of this step's parts
+        self._pending: tuple[int, Tensor, Any, list[str]] | None = None
         self._values: dict[str, float] = dict.fromkeys((*TERMS, "grad_norm"), math.nan)
+        self._saved_at = -1
         self.add_event_handler(Events.ITERATION_COMPLETED, self._after_step)
         self.add_event_handler(Events.COMPLETED, self._at_end)
 
@@ -190,12 +211,13 @@ class AliceTrainer(Trainer):
             CheckpointError: if a checkpoint does not fit this run, or cannot be written.
         """
         found = latest_checkpoint(self.folder)
-        if self.resume and found is not None:
-            self.load(found)
-        elif found is not None:
+        iteration = first_process_says(-1 if found is None else iteration_of(found), self.device)
+        if iteration >= 0 and not self.resume:
             raise CheckpointError(
                 f"{self.folder}: holds checkpoints, but resume is false. Choose another output_dir."
             )
+        if iteration >= 0:  # a process that cannot see the first one's file says so
+            self.load(checkpoint_path(self.folder, iteration))
         if self.state.iteration >= self.schedule.steps:
             logger.info("%s has all its %d iterations.", self.run_dir, self.schedule.steps)
             return
@@ -214,14 +236,18 @@ class AliceTrainer(Trainer):
         torch.manual_seed(_mix(self.seed, step, rank()))
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate(step)
-            group["weight_decay"] = self.schedule.decay(step) if group["weight_decay"] else 0.0
+            group["weight_decay"] = self.schedule.decay(step) if group["decays"] else 0.0
         self.optimizer.zero_grad(set_to_none=True)
 
         sums: Tensor | None = None
+        self.pooled = []
         for part in range(self.accumulate):
             last = part == self.accumulate - 1
             with nullcontext() if last or not hasattr(self.student, "no_sync") else self.student.no_sync():  # type: ignore[operator]
-                _, terms = self.losses_of(self._part(batch, part), step)
+                part_batch = self.part(batch, part)
+                output, terms = self.losses_of(part_batch, step)
+                owners = [*part_batch["patient_q"], *part_batch["patient_k"]]
+                self.pooled.append((output.student_pooled.detach(), output.teacher_pooled, owners))
                 with self.section("backward"):
                     (terms["total"] / self.accumulate).backward()
             values = torch.stack([terms[name].detach() for name in TERMS]) / self.accumulate
@@ -230,10 +256,11 @@ class AliceTrainer(Trainer):
 
         with self.section("optimizer"):
             norm = self._clip_gradients()
-        self._report_previous()
-        self._pending = step, torch.cat([mean_over_processes(sums), norm.detach().view(1)]), _scans_of(batch)
+        self.flush()
+        values = torch.cat([mean_over_processes(sums), norm.detach().view(1)])
+        self._pending = step, *_to_host(values), _scans_of(batch)
         if self.device.type == "cpu":
-            self._report_previous()  # nothing to wait for: stop before a bad step is taken
+            self.flush()  # nothing to wait for: stop before a bad step is taken
         with self.section("optimizer"):
             self.optimizer.step()
         with self.section("ema"):
@@ -241,6 +268,7 @@ class AliceTrainer(Trainer):
         self.pairs["seen"] += len(batch["score"])
         self.pairs["fallback"] += int(batch["fallback"].sum())
         self.pairs["redraws"] += int(batch["redraws"].sum())
+        self.pairs["score"] += float(batch["score"].sum())
         return {"loss": self._values["total"], **self._values}
 
     def losses_of(
@@ -251,8 +279,9 @@ class AliceTrainer(Trainer):
         A meter passes the bare student, so that DDP does not wait for a backward pass that never comes.
         """
         with self.section("transfer"):
-            crop = torch.cat([batch["crop_q"], batch["crop_k"]])  # (2B, 1, X, Y, Z)
-            crop = crop.to(self.device, non_blocking=True)
+            # each moved by itself: joined on the host, they would no longer be in pinned memory
+            halves = [batch[key].to(self.device, non_blocking=True) for key in ("crop_q", "crop_k")]
+            crop = torch.cat(halves)  # (2B, 1, X, Y, Z)
         seeds = torch.cat([batch["seed"], batch["seed"] + 1])
         hidden = torch.cat([batch["hidden_q"], batch["hidden_k"]])  # on the CPU, where it is counted
         plan = batch["plans"][0] if len(batch.get("plans", ())) == 1 else None
@@ -265,7 +294,12 @@ class AliceTrainer(Trainer):
         with self.section("losses"):
             return output, self.loss(output, crop, hidden, step, self.schedule.similarity(step))
 
-    def _part(self, batch: dict[str, Any], part: int) -> dict[str, Any]:
+    def report(self, values: dict[str, float]) -> None:
+        """Take a meter's numbers into ``state.metrics`` and the next line of the log."""
+        self.state.metrics.update(values)
+        self.news.update(values)
+
+    def part(self, batch: dict[str, Any], part: int) -> dict[str, Any]:
         """One of ``accumulate`` equal parts of a batch, with its own plan."""
         size = len(batch["seed"]) // self.accumulate
         rows = slice(part * size, (part + 1) * size)
@@ -280,19 +314,27 @@ class AliceTrainer(Trainer):
             return torch.stack([nn.utils.clip_grad_norm_([p], self.clip) for p in parameters]).norm()
         return nn.utils.clip_grad_norm_(parameters, self.clip)
 
-    def _report_previous(self) -> None:
-        """Fetch the last step's values (a step late on a GPU, so that it need not be waited for) and judge them."""
+    def flush(self) -> dict[str, float]:
+        """Fetch the last step's values and judge them; in the loop a step late on a GPU, so that it is not waited for.
+
+        Raises:
+            NonFiniteLoss: naming the terms and the scans.
+        """
         if self._pending is None:
-            return
-        step, values, scans = self._pending
+            return dict(self._values)
+        step, values, copied, scans = self._pending
         self._pending = None
+        if copied is not None:
+            copied.synchronize()
         self._values = dict(zip((*TERMS, "grad_norm"), values.tolist(), strict=True))
         bad = [name for name, value in self._values.items() if not math.isfinite(value)]
         if bad:
             raise NonFiniteLoss(
-                f"Step {step + 1}: {', '.join(bad)} not finite, on {', '.join(scans)}. The last good checkpoint is "
+                f"Step {step + 1}: {', '.join(bad)} not finite, on {', '.join(names_of_all(scans))}. "
+                "The last good checkpoint is "
                 f"{latest_checkpoint(self.folder) or 'none yet'}. Look at these scans; lower learning_rate; or set amp to false."
             )
+        return dict(self._values)
 
     # -- saving and resuming ---------------------------------------------------------------------------------
 
@@ -304,13 +346,14 @@ class AliceTrainer(Trainer):
             self.save()
 
     def _at_end(self) -> None:
-        last = latest_checkpoint(self.folder)
-        if last is None or not last.name.endswith(f"{self.state.iteration:08d}.pt"):
+        self.flush()
+        if self._saved_at != self.state.iteration:
             self.save()
 
     def save(self) -> None:
         """Write a checkpoint of this step, by the first process."""
-        self._report_previous()  # a broken step must not become a checkpoint
+        self.flush()  # a broken step must not become a checkpoint
+        self._saved_at = self.state.iteration
         if rank() == 0:
             content = {
                 "student": self.online.state_dict(),
@@ -349,7 +392,17 @@ class AliceTrainer(Trainer):
             raise CheckpointError(
                 f"{path}: was made with other settings ({str(error).splitlines()[0]}). Choose another output_dir."
             ) from error
+        changed = [k for k in sorted({*content["summary"], *self.summary} - MAY_CHANGE)
+                   if content["summary"].get(k) != self.summary.get(k)]  # fmt: skip
+        if changed:
+            listed = "; ".join(
+                f"{k} was {content['summary'].get(k)!r}, now {self.summary.get(k)!r}" for k in changed
+            )
+            raise CheckpointError(
+                f"{path}: {listed}. Set it back, or choose another output_dir for the new run."
+            )
         self.pairs = content["pairs"]
+        self._saved_at = content["iteration"]
         self.load_state_dict(
             {
                 "iteration": content["iteration"],
@@ -359,6 +412,17 @@ class AliceTrainer(Trainer):
         )
         self.sampler.start = content["iteration"]
         logger.info("Resumed from %s at iteration %d.", path, content["iteration"])
+
+
+def _to_host(values: Tensor) -> tuple[Tensor, Any]:
+    """Start copying values to the host: the copy, and the event that says it is there (None where it already is)."""
+    if values.device.type != "cuda":
+        return values, None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return host, copied
 
 
 def _untimed(name: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from monai.networks.nets import ViT
-from monai.utils import ensure_tuple_rep
+from monai.utils import ensure_tuple, ensure_tuple_rep
 from torch import Tensor
 
 from custom.encoders.masking import visible_index
@@ -35,6 +35,8 @@ class MaskedViT(ViT):
             raise ValueError(
                 "MaskedViT encodes 3D volumes without a class token: spatial_dims=3, classification=False."
             )
+        if len(ensure_tuple(settings["img_size"])) not in (1, 3):
+            raise ValueError(f"The crop must have three sides, got {settings['img_size']}.")
         self._check_sizes(settings)
         with quiet_meshgrid():
             super().__init__(*args, **kwargs)

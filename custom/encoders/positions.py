@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 @functools.lru_cache(maxsize=32)
-def sincos_positions(grid: tuple[int, int, int], width: int) -> Tensor:
-    """MONAI's fixed sin-cos table (1, N, width) for a grid; ``width`` must be divisible by 6."""
+def sincos_positions(grid: tuple[int, int, int], width: int, device: str = "cpu") -> Tensor:
+    """MONAI's fixed sin-cos table (1, N, width) for a grid, kept where it is used; ``width`` divisible by 6."""
     if width % 6:
         raise ValueError(f"Sin-cos positions in 3D need a width divisible by 6, got {width}.")
     with quiet_meshgrid():
-        return build_sincos_position_embedding(list(grid), width, 3).detach()
+        return build_sincos_position_embedding(list(grid), width, 3).detach().to(device)
 
 
 @contextlib.contextmanager

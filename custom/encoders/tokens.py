@@ -60,6 +60,8 @@ class TokenEncoder(nn.Module):
         Raises:
             ValueError: naming the side that is not a multiple of the unit, and the nearest that are.
         """
+        if len(crop_size) != 3:
+            raise ValueError(f"crop_size must be three numbers of voxels, got {list(crop_size)}.")
         counts = []
         for axis, side, unit in zip("xyz", crop_size, self.unit, strict=True):
             if side % unit or side < unit:

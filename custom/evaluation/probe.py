@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 Features = Callable[[Tensor], Tensor]  # crops (B, 1, X, Y, Z) in [0, 1] -> tokens (B, N, C) in grid order
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # ours; relative to the features' mean variance
@@ -306,5 +309,6 @@ class EncoderProbe:
 def encoder_probe(store: Volumes, names: Sequence[str], **options: object) -> EncoderProbe | None:
     """A probe on the held-back scans, or None if they are of fewer than two patients."""
     if len({store.patient(name) for name in names}) < 2:
+        logger.warning("No probe: it needs held-back scans of two patients, there are %d scan(s).", len(names))
         return None
     return EncoderProbe(store, names, **options)  # type: ignore[arg-type]
