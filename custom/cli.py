@@ -69,6 +69,97 @@ def build(
         raise ValueError("Damaged: " + "; ".join(f"{name}: {fault}" for name, fault in faults.items()))
 
 
+def embed(
+    scans: str,
+    out: str,
+    weights: str = "bundles/sam_landmarks/models/model.safetensors",
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> None:
+    """Write one compact embedding per scan, for the aligner ``sam``; resumable.
+
+    Args:
+        scans: a store (of alice build), a folder of scans, or a datalist.
+        out: folder to write.
+        weights: a .safetensors of ours, or the authors' SAM.pth.
+        device: cpu or cuda.
+        overwrite: replace what was made with other weights or from other voxels.
+    """
+    from custom.data.store import VolumeStore, sha256_of_file
+    from custom.landmarks.embeddings import embed_folder, embed_store
+    from custom.landmarks.weights import load_sam_weights, read_sam_metadata
+    from custom.transfer.official import load_sam
+
+    ours = weights.endswith(".safetensors")
+    network = (load_sam_weights(weights) if ours else load_sam(weights)).to(device)
+    threshold = read_sam_metadata(weights).get("threshold") if ours else None
+    digest = sha256_of_file(Path(weights))
+    if (Path(scans) / "index.json").is_file():
+        written = embed_store(
+            network, digest, VolumeStore(scans), out, threshold=threshold, overwrite=overwrite
+        )
+    else:
+        written = embed_folder(network, digest, scans, out, threshold=threshold, overwrite=overwrite)
+    for saved in written:
+        print(
+            f"{saved.path}: {saved.num_bytes / 2**20:.1f} MiB, mean cosine to float32 {saved.mean_cosine:.5f}"
+        )
+    print(f"{out}: {len(written)} written.")
+
+
+def check_alignment(
+    store: str,
+    out: str,
+    embeddings: str | None = None,
+    aligners: Sequence[str] = ("coordinate", "random"),
+    pairs: int = 20,
+    points: int = 20,
+    seed: int = 0,
+    phantoms: str | None = None,
+    landmarks: str | None = None,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Measure aligners on a store: label transfer, centroids, cycle error, and what truth there is; with a gallery.
+
+    Args:
+        store: of alice build.
+        out: folder for table.csv, index.html and pictures.
+        embeddings: of alice embed; adds the aligner sam.
+        aligners: among coordinate, affine, random.
+        pairs, points: scan pairs, and points in each.
+        seed: of all draws.
+        phantoms: the cohort the store was built from, for its exact correspondence.
+        landmarks: CSV of scan,landmark,x,y,z in mm.
+        names: scans to draw from.
+    """
+    from custom.data.store import VolumeStore
+    from custom.landmarks import quality
+    from custom.landmarks.aligners import make_aligner
+
+    volumes = VolumeStore(store)
+    chosen = {
+        name: make_aligner(name, volumes) for name in ([aligners] if isinstance(aligners, str) else aligners)
+    }
+    if embeddings:
+        chosen = {"sam": make_aligner("sam", volumes, embeddings)} | chosen
+    truth = quality.phantom_truth(volumes, Path(phantoms)) if phantoms else None
+    rows = quality.check_alignment(
+        volumes,
+        chosen,
+        out,
+        pairs=pairs,
+        points=points,
+        seed=seed,
+        names=names,
+        truth=truth,
+        landmark_csv=landmarks,
+    )
+    headers, cells = quality.table_cells(rows)
+    for line in (headers, *cells):
+        print(" | ".join(str(cell) for cell in line))
+    print(f"{Path(out) / 'index.html'}")
+
+
 def export(run: str, to: str = "encoder.safetensors", half: bool = False) -> None:
     """Write the online encoder of a run, ready for ``load_encoder`` and stock MONAI networks.
 
@@ -216,6 +307,8 @@ def profile(config: str | Sequence[str], steps: int = 8, **overrides: Any) -> No
 COMMANDS: dict[str, Any] = {
     "phantom": phantom,
     "build": build,
+    "embed": embed,
+    "check-alignment": check_alignment,
     "export": export,
     "probe": probe,
     "picture": picture,

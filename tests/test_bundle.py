@@ -188,7 +188,7 @@ def test_bad_settings_end_in_one_line(scans, finished, tmp_path, settings, messa
 
 def test_every_override_names_a_key_of_train_yaml():
     complete = ConfigParser.load_config_file(CONFIGS / "train.yaml")
-    for name in ("smoke.yaml", "multi_gpu.yaml", "swin.yaml", "nnformer.yaml", "official.yaml"):
+    for name in ("smoke.yaml", "multi_gpu.yaml", "swin.yaml", "nnformer.yaml", "official.yaml", "paper.yaml"):
         check_keys(complete, ConfigParser.load_config_file(CONFIGS / name), name)
 
 
@@ -240,7 +240,7 @@ def test_metadata_meets_the_schema_and_pins_exact_versions():
         "network_data_format",
     }
     assert required <= set(metadata) and metadata["version"] in metadata["changelog"]
-    pins = dict(re.findall(r"^([\w.\-]+)==(\S+)$", (REPO / "constraints.txt").read_text(), re.M))
+    pins = dict(re.findall(r"^([\w.\-]+)==(\S+?)(?:;.*)?$", (REPO / "constraints.txt").read_text(), re.M))
     known = {k.lower().replace("_", "-"): v for k, v in pins.items()}
     for name, version in metadata["required_packages_version"].items():
         assert known[name.lower().replace("_", "-")] == version, name
@@ -321,6 +321,7 @@ def test_real_abdomen_chest_and_head_and_neck_pre_train_together(real_data, tmp_
     "config, settings",
     [
         ("swin.yaml", {"network_def::embed_dim": 12, "crop_size": "[64,64,32]", "network_def::num_heads": "[1,2,2,2]"}),
+        ("paper.yaml", {"network_def::hidden_size": 48, "network_def::mlp_dim": 96, "network_def::num_heads": 4}),
         ("nnformer.yaml", {"network_def::embed_dim": 6, "network_def::num_heads": "[1,1,2,2]", "accumulate": 2}),
         ("official.yaml", {"network_def::embed_dim": 6, "network_def::num_heads": "[1,1,2,2]", "student_def::prototypes": 16, "crop_size": "[64,64,64]"}),
     ],
@@ -365,4 +366,7 @@ def test_every_network_pre_trains_exports_and_loads(scans, finished, tmp_path, c
             torch.testing.assert_close(own, theirs, atol=1e-5, rtol=1e-5)
     else:
         settings = read_weights(tmp_path / "e.safetensors")[1]["network"]
+        if config == "paper.yaml":
+            assert student.casa is not None and isinstance(student.predict_tokens, torch.nn.Identity)
+            return
         load_encoder(NNFormer(**(settings | {"out_channels": 5})), tmp_path / "e.safetensors", verbose=False)

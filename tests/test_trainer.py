@@ -53,7 +53,7 @@ def make_trainer(
             steps,
             kwargs.pop("workers", 0),
             collate=MaskedBatch(Masking(0.5), (2, 3, 1), parts=kwargs.get("accumulate", 1)),
-        ),  # fmt: skip
+        ),
         schedule=kwargs.pop("schedule", Schedule(steps, 1e-3, warmup=min(2, steps), momentum=0.9)),
         view=TargetView(store.spacing),
         run_dir=run_dir,

@@ -98,8 +98,10 @@ class Monitors:
             "ema_drift": float(engine.ema.drift()),
             "fallback_pairs": engine.pairs["fallback"] / seen,
             "redraws_per_pair": engine.pairs["redraws"] / seen,
-            "mean_score": engine.pairs["score"] / seen,
+            "accepted_matches": seen / (seen + engine.pairs["rejected"]),
         } | gradients
+        ranked = sorted(engine.scores)
+        values |= {f"score_p{p}": ranked[min(p * len(ranked) // 100, len(ranked) - 1)] for p in (10, 50, 90)}
         engine.report({f"monitor/{name}": value for name, value in values.items()})
         if values["std_teacher"] < ALARM_STD and values["rank_teacher"] < 2:
             logger.warning(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -185,7 +186,8 @@ class AliceTrainer(Trainer):
         )
         self.run_dir, self.summary = Path(run_dir), summary or {}
         self.checkpoint_every, self.keep_checkpoints, self.resume = checkpoint_every, keep_checkpoints, resume
-        self.pairs: dict[str, float] = {"seen": 0, "fallback": 0, "redraws": 0, "score": 0.0}
+        self.pairs: dict[str, float] = {"seen": 0, "fallback": 0, "redraws": 0, "rejected": 0}
+        self.scores: deque[float] = deque(maxlen=1024)  # of the latest pairs
         self.device = torch.device(device)
         if compile_encoders:  # in place: names in state dicts stay
             self.online.encoder.compile()
@@ -268,7 +270,8 @@ class AliceTrainer(Trainer):
         self.pairs["seen"] += len(batch["score"])
         self.pairs["fallback"] += int(batch["fallback"].sum())
         self.pairs["redraws"] += int(batch["redraws"].sum())
-        self.pairs["score"] += float(batch["score"].sum())
+        self.pairs["rejected"] += int(batch["rejected"].sum())
+        self.scores.extend(batch["score"].tolist())
         return {"loss": self._values["total"], **self._values}
 
     def losses_of(

@@ -26,6 +26,7 @@ class Placement(NamedTuple):
     start_k: np.ndarray
     score: float
     redraws: int  # points or partners refused before this one
+    rejected: int  # of these, for a low score
     fallback: bool  # no partner scored enough: K is Q's own scan
 
 
@@ -101,6 +102,7 @@ class PairDataset(Dataset):
             "point_k": torch.from_numpy(place.point_k),
             "score": place.score,
             "redraws": place.redraws,
+            "rejected": place.rejected,
             "fallback": place.fallback,
             "scan_q": place.scan_q,
             "scan_k": place.scan_k,
@@ -115,11 +117,13 @@ class PairDataset(Dataset):
         rng = self._rng(index, stream=0)
         query = self._draw_query(index)
         best: tuple[int, Placement] | None = None
+        rejected = 0
         for redraws in range(self.max_redraws + 1):
             key = self._draw_key(index, query, rng)
             point_q, offset = self._draw_point(query, rng)
             match = self.aligner.align(query, point_q, key, rng)
             if match.score < self.aligner.threshold:
+                rejected += 1
                 continue
             candidate = self._cut(query, key, point_q, match.point_mm, offset, match.score, redraws, False)
             padding = self._needless_padding(candidate)
@@ -128,9 +132,10 @@ class PairDataset(Dataset):
             if padding == 0:
                 break
         if best is not None:
-            return best[1]._replace(redraws=redraws)
+            return best[1]._replace(redraws=redraws, rejected=rejected)
         point_q, offset = self._draw_point(query, rng)  # an intra-volume pair, counted by the trainer
-        return self._cut(query, query, point_q, point_q, offset, 1.0, self.max_redraws, True)
+        itself = self._cut(query, query, point_q, point_q, offset, 1.0, self.max_redraws, True)
+        return itself._replace(rejected=rejected)
 
     def _rng(self, index: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, stream, index])
@@ -183,7 +188,9 @@ class PairDataset(Dataset):
             np.rint(to_voxels(self.store.affine(name), point)).astype(int) + offset - self.crop_size // 2
             for name, point in ((query, point_q), (key, point_k))
         ]
-        return Placement(query, key, point_q, point_k, starts[0], starts[1], float(score), redraws, fallback)
+        return Placement(
+            query, key, point_q, point_k, starts[0], starts[1], float(score), redraws, 0, fallback
+        )
 
     def _needless_padding(self, place: Placement) -> int:
         """Voxels by which the crops leave their volumes, beyond what a small volume makes unavoidable."""

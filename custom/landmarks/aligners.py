@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from custom.landmarks.embeddings import EmbeddingFolder
 from custom.landmarks.geometry import to_voxels, to_world
+from custom.landmarks.matching import REFUSED, Method, cycle_error, match_points
+
+
+logger = logging.getLogger(__name__)
 
 
 class ScanGeometry(Protocol):
@@ -67,13 +76,284 @@ class RandomAligner:
         return Match(to_world(self.scans.affine(scan_k), voxels[rng.integers(len(voxels))]), 1.0)
 
 
-def make_aligner(name: str, scans: ScanGeometry) -> Aligner:
-    """An aligner by its name in the config.
+class AffineAligner:
+    """One affine map per pair of scans, registered with ITK on volumes of about 6 mm, kept once found (ours).
+
+    The maps are a point's way through twelve numbers: they carry it to the right region, not to the organ.
+
+    Args:
+        scans: the ``VolumeStore``.
+        spacing_mm: about how large the voxels are that are registered.
+        max_pairs: maps kept.
+    """
+
+    name = "affine"
+    threshold = -1.0
+
+    def __init__(self, scans: Any, *, spacing_mm: float = 6.0, max_pairs: int = 10_000) -> None:
+        self.scans, self.spacing_mm, self.max_pairs = scans, spacing_mm, max_pairs
+        self._open()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"scans": self.scans, "spacing_mm": self.spacing_mm, "max_pairs": self.max_pairs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def align(self, scan_q: str, point_mm: np.ndarray, scan_k: str, rng: np.random.Generator) -> Match:
+        return Match(to_world(self.transform(scan_q, scan_k), point_mm), 1.0)
+
+    def _open(self) -> None:
+        self.transform = functools.lru_cache(self.max_pairs)(self._register)
+        self._coarse = functools.lru_cache(64)(self._read_coarse)
+
+    def _register(self, scan_q: str, scan_k: str) -> np.ndarray:
+        """(4, 4), mm of Q to mm of K; the way back is this one's inverse."""
+        if scan_k < scan_q:
+            return np.linalg.inv(self.transform(scan_k, scan_q))
+        centres = [
+            to_world(self.scans.affine(n), self.scans.body_box_mm(n).mean(axis=0)) for n in (scan_q, scan_k)
+        ]
+        return register_affine(*self._coarse(scan_q), *self._coarse(scan_k), centres[0], centres[1])
+
+    def _read_coarse(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Means over blocks of voxels, soft tissue in [0, 1], and their affine."""
+        affine, shape = self.scans.affine(name), self.scans.shape(name)
+        step = np.maximum(1, np.rint(self.spacing_mm / np.linalg.norm(affine[:3, :3], axis=0))).astype(int)
+        size = np.array(shape) // step
+        hu = self.scans.read_crop(name, (0, 0, 0), size * step)
+        blocks = np.clip((hu.astype(np.float32) + 500.0) / 800.0, 0, 1)
+        blocks = blocks.reshape(size[0], step[0], size[1], step[1], size[2], step[2]).mean(axis=(1, 3, 5))
+        coarse = affine.copy()
+        coarse[:3, :3] = affine[:3, :3] * step
+        coarse[:3, 3] = to_world(affine, (step - 1) / 2)
+        return blocks, coarse
+
+
+def register_affine(
+    volume_q: np.ndarray,
+    affine_q: np.ndarray,
+    volume_k: np.ndarray,
+    affine_k: np.ndarray,
+    centre_q: np.ndarray,
+    centre_k: np.ndarray,
+) -> np.ndarray:
+    """The affine map that takes Q's world mm to K's, by mean squares, from coarse to fine.
+
+    Args:
+        volume_q: (X, Y, Z) in [0, 1].
+        affine_q: voxel to world mm.
+        volume_k: the other.
+        affine_k: of the other.
+        centre_q: (3,) mm, the body's middle: the search starts with one on the other.
+        centre_k: the same in K.
+
+    Returns:
+        (4, 4).
+    """
+    import itk  # takes seconds to load: only who asks for it waits
+
+    fixed, moving = (_itk_image(itk, v, a) for v, a in ((volume_q, affine_q), (volume_k, affine_k)))
+    kind = type(fixed)
+    start = itk.AffineTransform[itk.D, 3].New()
+    start.SetCenter([float(c) for c in centre_q])
+    start.SetTranslation([float(c) for c in centre_k - centre_q])
+
+    metric = itk.MeanSquaresImageToImageMetricv4[kind, kind].New()
+    scales = itk.RegistrationParameterScalesFromPhysicalShift[type(metric)].New(Metric=metric)
+    optimizer = itk.RegularStepGradientDescentOptimizerv4[itk.D].New()
+    optimizer.SetScalesEstimator(scales)
+    optimizer.SetLearningRate(4.0)
+    optimizer.SetDoEstimateLearningRateOnce(False)
+    optimizer.SetDoEstimateLearningRateAtEachIteration(False)
+    optimizer.SetMinimumStepLength(0.05)
+    optimizer.SetRelaxationFactor(0.6)
+    optimizer.SetNumberOfIterations(80)
+    optimizer.SetReturnBestParametersAndValue(True)
+
+    registration = itk.ImageRegistrationMethodv4[kind, kind].New(
+        FixedImage=fixed, MovingImage=moving, Metric=metric, Optimizer=optimizer, InitialTransform=start
+    )
+    registration.SetNumberOfLevels(2)
+    registration.SetShrinkFactorsPerLevel([2, 1])
+    registration.SetSmoothingSigmasPerLevel([2, 1])
+    registration.SmoothingSigmasAreSpecifiedInPhysicalUnitsOff()
+    registration.SetNumberOfWorkUnits(1)
+    registration.Update()
+    parameters = np.array(registration.GetTransform().GetParameters())
+    matrix = np.eye(4)
+    matrix[:3, :3] = parameters[:9].reshape(3, 3)
+    matrix[:3, 3] = parameters[9:] + centre_q - matrix[:3, :3] @ centre_q
+    return matrix
+
+
+def _itk_image(itk: Any, volume: np.ndarray, affine: np.ndarray) -> Any:
+    """World mm are RAS here and LPS at ITK's own readers; to a registration they are just coordinates."""
+    image = itk.image_from_array(np.ascontiguousarray(volume.T.astype(np.float32)))
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    image.SetSpacing([float(s) for s in spacing])
+    image.SetOrigin([float(o) for o in affine[:3, 3]])
+    image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(affine[:3, :3] / spacing)))
+    return image
+
+
+class SamAligner:
+    """The point whose embedding is most alike (SAM; spec 2.4), from embeddings made beforehand.
+
+    Safe to use from many workers: files are opened per process.
+
+    Args:
+        scans: whose embeddings these are.
+        embeddings: folder that ``alice embed`` wrote.
+        threshold: score that a match needs; by default what was calibrated for the weights, else 0.7 (Alice).
+        max_cycle_mm: refuse matches that come back farther from where they started; None asks no match back.
+        method: see :func:`custom.landmarks.matching.match_points`.
 
     Raises:
-        ValueError: naming the ones there are.
+        EmbeddingError: if a scan has no embedding, or one of other voxels or weights.
+        ValueError: for a threshold that would accept what is refused.
     """
-    makers = {"coordinate": CoordinateAligner, "random": RandomAligner}
+
+    name = "sam"
+
+    def __init__(
+        self,
+        scans: Any,
+        embeddings: EmbeddingFolder | str | Path,
+        threshold: float | None = None,
+        *,
+        max_cycle_mm: float | None = None,
+        method: Method = "fast",
+    ) -> None:
+        self.embeddings = (
+            embeddings if isinstance(embeddings, EmbeddingFolder) else EmbeddingFolder(embeddings)
+        )
+        self.embeddings.require(scans)
+        known = self.embeddings.threshold
+        self.threshold = float(threshold if threshold is not None else 0.7 if known is None else known)
+        if not REFUSED < self.threshold <= 1:
+            raise ValueError(f"threshold must be above {REFUSED:g} and at most 1, got {self.threshold}.")
+        self.max_cycle_mm, self.method = max_cycle_mm, method
+
+    def align(self, scan_q: str, point_mm: np.ndarray, scan_k: str, rng: np.random.Generator) -> Match:
+        """As :meth:`Aligner.align`; score -1 and nan for a point off the body, -1 for one that comes back elsewhere."""
+        query, key = self.embeddings[scan_q], self.embeddings[scan_k]
+        matches = match_points(point_mm, query, key, method=self.method, refine=True)
+        score = float(matches.scores[0])
+        if self.max_cycle_mm is not None and score >= self.threshold:
+            error = cycle_error(point_mm, query, key, matches=matches, method=self.method, refine=True)
+            score = score if error[0] <= self.max_cycle_mm else REFUSED
+        return Match(matches.points_mm[0], score)
+
+
+class Calibration(NamedTuple):
+    """A score to ask for, and what led to it.
+
+    Attributes:
+        threshold: the lowest score whose matches come back near enough, often enough; None if there is none.
+        rows: per candidate ``score``, the share of ``accepted`` matches, the share of those ``within`` reach, and
+            their ``points``.
+    """
+
+    threshold: float | None
+    rows: list[dict[str, float]]
+
+
+def calibrate_threshold(
+    embeddings: EmbeddingFolder,
+    scans: Any,
+    names: Sequence[str],
+    *,
+    num_pairs: int = 40,
+    num_points: int = 25,
+    reach_mm: float = 10.0,
+    share: float = 0.9,
+    seed: int = 0,
+) -> Calibration:
+    """The score at which enough matches between held-back scans come back to where they started (spec 1.8).
+
+    Args:
+        embeddings: of the scans.
+        scans: bodies, to draw points from.
+        names: scans held back from training, two at least.
+        num_pairs: ordered pairs to draw.
+        num_points: points a pair.
+        reach_mm: how far from the start a match may come back.
+        share: of the accepted matches that must.
+        seed: of the draws.
+
+    Returns:
+        The threshold, to be stored with the weights, and the table.
+
+    Raises:
+        ValueError: if fewer than two scans are given.
+    """
+    if len(names) < 2:
+        raise ValueError(f"A threshold is calibrated on pairs: two scans at least, got {list(names)}.")
+    rng = np.random.default_rng(seed)
+    scores, errors = [], []
+    for _ in range(num_pairs):
+        name_q, name_k = (names[i] for i in rng.choice(len(names), 2, replace=False))
+        voxels = scans.body_voxels(name_q)
+        points = to_world(scans.affine(name_q), voxels[rng.integers(len(voxels), size=num_points)])
+        query, key = embeddings[name_q], embeddings[name_k]
+        matches = match_points(points, query, key, method="fast", refine=True)
+        scores.append(matches.scores)
+        errors.append(cycle_error(points, query, key, matches=matches, method="fast", refine=True))
+    score, near = np.concatenate(scores), np.concatenate(errors) <= reach_mm
+    rows, threshold = [], None
+    for candidate in np.arange(0.95, -0.5, -0.025).round(3):
+        accepted = score >= candidate
+        within = float(near[accepted].mean()) if accepted.any() else float("nan")
+        rows.append(
+            {
+                "score": float(candidate),
+                "accepted": float(accepted.mean()),
+                "within": within,
+                "points": int(accepted.sum()),
+            }
+        )
+        # fewer than 20 matches say too little (ours)
+        if within >= share and accepted.sum() >= 20:
+            threshold = float(candidate)
+    return Calibration(threshold, rows)
+
+
+def make_aligner(
+    name: str,
+    scans: Any,
+    embeddings: EmbeddingFolder | str | Path | None = None,
+    *,
+    threshold: float | None = None,
+    max_cycle_mm: float | None = None,
+) -> Aligner:
+    """An aligner by its name in the config.
+
+    Args:
+        name: coordinate, random, affine or sam.
+        scans: the ``VolumeStore``.
+        embeddings: folder that ``alice embed`` wrote; for sam only.
+        threshold: see :class:`SamAligner`.
+        max_cycle_mm: see :class:`SamAligner`.
+
+    Raises:
+        ValueError: naming the ones there are, or what sam needs.
+    """
+    logger.info("Pairs are aligned by %s.", {"sam": f"sam, with embeddings in {embeddings}"}.get(name, name))
+    if name == "sam":
+        if embeddings is None:
+            store = getattr(scans, "path", "STORE")
+            raise ValueError(
+                f"aligner 'sam' needs the scans' embeddings. Make them with: alice embed {store} EMBEDDINGS, and give "
+                "that folder; or take aligner 'coordinate', which needs none."
+            )
+        return SamAligner(scans, embeddings, threshold, max_cycle_mm=max_cycle_mm)
+    makers: dict[str, Any] = {
+        "coordinate": CoordinateAligner,
+        "random": RandomAligner,
+        "affine": AffineAligner,
+    }
     if name not in makers:
-        raise ValueError(f"aligner must be one of {', '.join(makers)}; got {name!r}.")
+        raise ValueError(f"aligner must be one of {', '.join([*makers, 'sam'])}; got {name!r}.")
     return makers[name](scans)

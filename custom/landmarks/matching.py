@@ -236,7 +236,7 @@ def structural_match(
     enough and similar enough, carry a robust linear map that takes the query across. All in world mm.
 
     Edge cases are ours: in directions that the pairs do not span (all in one slice, say) lengths are kept; fewer
-    than 4 pairs give their mean displacement; none at all gives the plain match of :func:`match_points`. An
+    than 4 pairs give their (robust) mean displacement; none at all gives the plain match of :func:`match_points`. An
     answer outside K's grid is refused.
 
     Args:
@@ -424,10 +424,10 @@ def branch_and_bound(
         if 0.5 * (1 + coarse[some[0]]) < best - _SLACK and start:
             break  # in falling order: nobody after this one can win
         totals = 0.5 * (lattice.dot(some, vector) + coarse[some])
-        top = float(totals.max())
-        first = int(some[totals == top].min())
-        if top > best or (top == best and first < index):
-            index, best = first, top
+        highest = float(totals.max())
+        first = int(some[totals == highest].min())
+        if highest > best or (highest == best and first < index):
+            index, best = first, highest
     return index, best
 
 
@@ -472,10 +472,12 @@ def prepare(embedding: Searchable) -> EmbeddingMap:
 
 
 def inside_grid(points_mm: Array, target: EmbeddingMap) -> Array:
-    """Bool (N,): does a point lie in a voxel of the scan's grid? False for nan."""
+    """Bool (N,): does a point lie in a voxel of the scan's grid? False for what is not finite."""
+    finite: Array = np.all(np.isfinite(points_mm), axis=1)
     inverse = np.linalg.inv(target.affine)
-    voxels = points_mm @ inverse[:3, :3].T + inverse[:3, 3]
-    return ((voxels >= -0.5) & (voxels <= np.array(target.shape) - 0.5)).all(axis=1)
+    voxels = np.where(finite[:, None], points_mm, 0.0) @ inverse[:3, :3].T + inverse[:3, 3]
+    inside = (voxels >= -0.5) & (voxels <= np.array(target.shape) - 0.5)
+    return finite & np.all(inside, axis=1)
 
 
 def _query_cells(points_mm: Array, source: EmbeddingMap) -> tuple[Array, Array]:
@@ -485,7 +487,7 @@ def _query_cells(points_mm: Array, source: EmbeddingMap) -> tuple[Array, Array]:
     # an odd number of slices leaves the last one without a cell
     cells = np.clip(cells, 0, np.array(source.grid) - 1).astype(int)
     if source.body is not None:
-        inside = inside & source.body[tuple(cells.T)]
+        inside = np.logical_and(inside, source.body[tuple(cells.T)])
     return cells, inside
 
 
@@ -514,7 +516,12 @@ def interpolate_at(values: Array, weights: tuple[Array, Array, Array], cells: tu
 
 
 def make_lattice(
-    coarse: Array, fine_grid: Triple, pooling: int, outside: Array | None, dot: Callable, norm: Array | None = None
+    coarse: Array,
+    fine_grid: Triple,
+    pooling: int,
+    outside: Array | None,
+    dot: Callable,
+    norm: Array | None = None,
 ) -> Lattice:
     """The cells of the fine grid (``pooling`` 1), or of cubes of ``pooling`` fine cells a side.
 

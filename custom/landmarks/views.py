@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,12 +17,14 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from custom.data.phantom import read_canonical
 from custom.data.store import VolumeStore
 from custom.landmarks.geometry import to_voxels, to_world
 from custom.landmarks.sam import CENTRES_ZYX, SPACING_MM, STRIDES_ZYX, Level, hu_to_units
 
 Array = NDArray[Any]
 AIR_HU = -1024
+FOUND_MM = 15.0  # a place found no nearer than this lies outside of the scan (samples are up to 12 mm apart)
 AXES = np.diag([-1.0, -1.0, 1.0])  # a view's x, y, z grow towards Left, Posterior, Superior; the world is RAS
 # outside of soft tissue a curve of intensities keeps its slope of 1 (lung, bone and metal stay what they are)
 CURVE_HU = np.array([-200.0, -100.0, -30.0, 0.0, 30.0, 60.0, 100.0, 150.0, 220.0, 320.0])
@@ -73,6 +78,8 @@ class ViewPairs(Dataset):
         blur: voxels, largest standard deviation.
         noise: HU, largest standard deviation.
         anchors: matched cells of a pair, at most (the authors: 100 of 2,000 tried).
+        candidates: fine cells of both views together among which negatives are looked for (ours: drawn at
+            random, which costs less than the authors' search of all).
         match_mm: a fine cell's counterpart is nearer than this (the authors: 2).
         coarse_match_mm, coarse_match_z_mm: and a coarse cell's (the authors: 25, and 8 along z).
 
@@ -96,6 +103,7 @@ class ViewPairs(Dataset):
         blur: float = 1.0,
         noise: float = 20.0,
         anchors: int = 100,
+        candidates: int = 4096,
         match_mm: float = 2.0,
         coarse_match_mm: float = 25.0,
         coarse_match_z_mm: float = 8.0,
@@ -105,20 +113,27 @@ class ViewPairs(Dataset):
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
             raise ValueError(f"scale must be two positive numbers that rise, got {list(scale)}.")
         if not 0.0 <= jitter < 0.5 or not 0.0 <= across <= 1.0 or min(rotation, contrast, blur, noise) < 0:
-            raise ValueError(f"View settings out of range: {jitter=}, {across=}, {rotation=}, {contrast=}, {blur=}, {noise=}.")
+            raise ValueError(
+                f"View settings out of range: {jitter=}, {across=}, {rotation=}, {contrast=}, {blur=}, {noise=}."
+            )
         if any(abs(s - SPACING_MM) > 1e-3 for s in store.spacing):
-            raise ValueError(f"{store.path}: has voxels of {store.spacing} mm; SAM sees 2 mm. Choose another store_dir.")
+            raise ValueError(
+                f"{store.path}: has voxels of {store.spacing} mm; SAM sees 2 mm. Choose another store_dir."
+            )
         self.store, self.length, self.seed = store, length, seed
         self.names = list(store.names if names is None else names)
         if not self.names or (unknown := sorted(set(self.names) - set(store.names))):
-            raise ValueError(f"{store.path}: no scans to train on, or unknown ones: {unknown if self.names else ''}")
+            raise ValueError(
+                f"{store.path}: no scans to train on, or unknown ones: {unknown if self.names else ''}"
+            )
         self.size = np.array(crop_size, dtype=int)
         self.places, self.across = places, across
         self.shared = [name for name in self.names if places is not None and name in places]
         self.scale, self.rotation, self.jitter = (float(scale[0]), float(scale[1])), rotation, jitter
         self.contrast, self.blur, self.noise = contrast, blur, noise
-        self.anchors, self.match_mm = anchors, match_mm
+        self.anchors, self.candidates, self.match_mm = anchors, candidates, match_mm
         self.coarse_match_mm, self.coarse_match_z_mm = coarse_match_mm, coarse_match_z_mm
+        self._body: dict[str, Array] = {}
 
     def __len__(self) -> int:
         return self.length
@@ -129,34 +144,49 @@ class ViewPairs(Dataset):
         Returns:
             ``crop`` (2, 1, Z, Y, X); ``space`` int; for both levels (N cells, flattened z, y, x)
             ``<level>_mm`` (2, N, 3), ``<level>_inside`` bool (2, N), ``<level>_match`` int64 (2, N or A, 2):
-            rows of (cell of this view, its counterpart in the other), -1 where there are fewer.
+            rows of (cell of this view, its counterpart in the other), -1 where there are fewer; and
+            ``fine_candidates`` int64 (M,), cells of both views, the second's counted on from the first's.
         """
         rng = np.random.default_rng([self.seed, index])
         first = self.names[rng.integers(len(self.names))]
-        second = self._partner(first, rng)
         voxels = self.store.body_voxels(first)
         point = to_world(self.store.affine(first), voxels[rng.integers(len(voxels))])
-        points = [point, point]
-        if self.places is not None and second != first:
-            points[1] = self.places.find(second, self.places.at(first, point[None])[0])
+        second, other_point = self._partner(first, point, rng)
+        points = [point, other_point]
 
         item: dict[str, Any] = {"space": 0 if first in self.shared else 1 + self.names.index(first)}
-        looks = [self._draw_look(name, point, rng) for name, point in zip((first, second), points, strict=True)]
-        crops = [see(self.store, name, look, self.size) for name, look in zip((first, second), looks, strict=True)]
+        looks = [
+            self._draw_look(name, point, rng) for name, point in zip((first, second), points, strict=True)
+        ]
+        crops = [
+            see(self.store, name, look, self.size) for name, look in zip((first, second), looks, strict=True)
+        ]
         item["crop"] = torch.stack([hu_to_units(torch.from_numpy(crop))[None] for crop in crops])
         for level in ("fine", "coarse"):
-            cells = [self._cells(name, look.affine, level) for name, look in zip((first, second), looks, strict=True)]
+            cells = [
+                self._cells(name, look.affine, level)
+                for name, look in zip((first, second), looks, strict=True)
+            ]
             matches = [self._matches(level, cells[i], cells[1 - i], rng) for i in (0, 1)]
             item[f"{level}_mm"] = torch.from_numpy(np.stack([c.places_mm for c in cells]).astype(np.float32))
             item[f"{level}_inside"] = torch.from_numpy(np.stack([c.inside for c in cells]))
             item[f"{level}_match"] = torch.from_numpy(np.stack(matches))
+        within = np.flatnonzero(item["fine_inside"].numpy().ravel())
+        drawn = rng.choice(within, self.candidates, replace=len(within) < self.candidates)
+        item["fine_candidates"] = torch.from_numpy(drawn)
         return item
 
-    def _partner(self, first: str, rng: np.random.Generator) -> str:
-        if first in self.shared and len(self.shared) > 1 and rng.random() < self.across:
-            others = [name for name in self.shared if name != first]
-            return others[rng.integers(len(others))]
-        return first
+    def _partner(self, first: str, point: Array, rng: np.random.Generator) -> tuple[str, Array]:
+        """Whom the second view shows, and where: another subject whose scan holds the place, or the same."""
+        others = [name for name in self.shared if name != first]
+        if self.places is not None and first in self.shared and others and rng.random() < self.across:
+            place = self.places.at(first, point[None])[0]
+            for _ in range(5):
+                second = others[rng.integers(len(others))]
+                found = self.places.find(second, place)
+                if np.linalg.norm(self.places.at(second, found[None])[0] - place) < FOUND_MM:
+                    return second, found
+        return first, point
 
     def _draw_look(self, name: str, point_mm: Array, rng: np.random.Generator) -> Look:
         step_mm = SPACING_MM * rng.uniform(*self.scale)
@@ -191,17 +221,22 @@ class ViewPairs(Dataset):
 
     def _cells(self, name: str, affine: Array, level: Level) -> Cells:
         index = cell_indices(self.size, level)
-        points = to_world(affine, index[:, ::-1] * STRIDES_ZYX[level][::-1] + np.array(CENTRES_ZYX[level])[::-1])
+        points = to_world(
+            affine, index[:, ::-1] * STRIDES_ZYX[level][::-1] + np.array(CENTRES_ZYX[level])[::-1]
+        )
         voxels = to_voxels(self.store.affine(name), points)
-        inside = ((voxels >= -0.5) & (voxels <= np.array(self.store.shape(name)) - 0.5)).all(axis=1)
+        within = (voxels >= -0.5) & (voxels <= np.array(self.store.shape(name)) - 0.5)
+        inside = np.logical_and.reduce(within, axis=1)
         places = self.places.at(name, points) if self.places is not None and name in self.shared else points
         return Cells(places, inside, inside & self._in_body(name, voxels))
 
     def _in_body(self, name: str, voxels: Array) -> Array:
         step = np.array(self.store.records[name].body_step)
-        body = self.store.body_voxels(name) // step
-        mask = np.zeros(np.maximum(body.max(axis=0), np.array(self.store.shape(name)) // step) + 1, dtype=bool)
-        mask[tuple(body.T)] = True
+        if name not in self._body:
+            body = self.store.body_voxels(name) // step
+            self._body[name] = np.zeros(-(-np.array(self.store.shape(name)) // step), dtype=bool)
+            self._body[name][tuple(body.T)] = True
+        mask = self._body[name]
         cell = np.clip(np.rint(voxels).astype(int) // step, 0, np.array(mask.shape) - 1)
         return mask[tuple(cell.T)]
 
@@ -271,12 +306,17 @@ def see(store: VolumeStore, name: str, look: Look, size: Array) -> Array:
     volume = torch.from_numpy(store.read_crop(name, start, box, fill=AIR_HU).astype(np.float32))  # (X, Y, Z)
 
     index = [torch.arange(int(n), dtype=torch.float32) for n in size]
-    matrix, origin = torch.from_numpy(to_store[:3, :3]).float(), torch.from_numpy(to_store[:3, 3] - start).float()
+    matrix, origin = (
+        torch.from_numpy(to_store[:3, :3]).float(),
+        torch.from_numpy(to_store[:3, 3] - start).float(),
+    )
     grid_z, grid_y, grid_x = torch.meshgrid(index[2], index[1], index[0], indexing="ij")
     place = torch.stack([grid_x, grid_y, grid_z], -1) @ matrix.T + origin  # voxels of the box
     relative = (2 * place + 1) / torch.from_numpy(box).float() - 1
     # grid_sample's last axis names the input's axes from the last to the first
-    view = F.grid_sample(volume[None, None], relative.flip(-1)[None], padding_mode="border", align_corners=False)
+    view = F.grid_sample(
+        volume[None, None], relative.flip(-1)[None], padding_mode="border", align_corners=False
+    )
     return paint(view[0, 0].numpy(), look)
 
 
@@ -314,12 +354,7 @@ class PhantomPlaces:
         ValueError: if the folder has no maps of the store's scans.
     """
 
-    def __init__(self, folder: str, store: VolumeStore) -> None:
-        import nibabel as nib
-        from pathlib import Path
-
-        from custom.data.phantom import read_canonical
-
+    def __init__(self, folder: str | Path, store: VolumeStore) -> None:
         self.maps: dict[str, tuple[Tensor, Array]] = {}
         for name in store.names:
             path = Path(folder) / "canonical" / f"{name.removesuffix('_0000')}.npz"
@@ -327,9 +362,14 @@ class PhantomPlaces:
             if path.is_file() and image.is_file():
                 canonical = read_canonical(path)[::2, ::2, ::2]
                 affine = nib.load(image).affine @ np.diag([2.0, 2.0, 2.0, 1.0])
-                self.maps[name] = torch.from_numpy(np.ascontiguousarray(canonical)).permute(3, 0, 1, 2)[None], affine
+                self.maps[name] = (
+                    torch.from_numpy(np.ascontiguousarray(canonical)).permute(3, 0, 1, 2)[None],
+                    affine,
+                )
         if not self.maps:
-            raise ValueError(f"{folder}: no canonical maps of the scans in {store.path}. Write them: alice phantom.")
+            raise ValueError(
+                f"{folder}: no canonical maps of the scans in {store.path}. Write them: alice phantom."
+            )
 
     def __contains__(self, name: str) -> bool:
         return name in self.maps
@@ -347,6 +387,42 @@ class PhantomPlaces:
         """About where (within a sample) a place of the shared space lies in a scan: (3,), world mm."""
         canonical, affine = self.maps[name]
         some = canonical[0, :, ::2, ::2, ::2]
-        distance = (some - torch.from_numpy(np.asarray(place_mm)).float()[:, None, None, None]).square().sum(0)
+        distance = (
+            (some - torch.from_numpy(np.asarray(place_mm)).float()[:, None, None, None]).square().sum(0)
+        )
         voxel = 2 * np.array(np.unravel_index(int(distance.argmin()), distance.shape))
         return to_world(affine, voxel)
+
+
+def phantom_places(folder: str | Path | None, store: VolumeStore) -> PhantomPlaces | None:
+    """The space that the phantoms in ``folder`` share; None if there is no folder."""
+    return None if folder is None else PhantomPlaces(folder, store)
+
+
+def training_names(
+    store: VolumeStore, held_back: str | None = None, repeats: Mapping[str, int] | None = None
+) -> list[str]:
+    """The scans to train on, some of them more often than once a round.
+
+    Args:
+        store: all scans.
+        held_back: regular expression; a scan whose name it is found in is never trained on.
+        repeats: regular expression -> how often scans are listed whose name it is found in (the first that is).
+
+    Raises:
+        ValueError: if an expression is none, or no scan is left.
+    """
+    try:
+        rules = [(re.compile(pattern), int(times)) for pattern, times in (repeats or {}).items()]
+        barred = re.compile(held_back) if held_back else None
+    except re.error as error:
+        raise ValueError(
+            f"held_back = {held_back!r}, repeats = {repeats}: no regular expression ({error})."
+        ) from error
+    names: list[str] = []
+    for name in store.names:
+        if barred is None or not barred.search(name):
+            names += [name] * next((times for rule, times in rules if rule.search(name)), 1)
+    if not names:
+        raise ValueError(f"{store.path}: held_back = {held_back!r} leaves no scan to train on.")
+    return names

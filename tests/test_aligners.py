@@ -1,0 +1,172 @@
+"""Aligners: one interface, sam's refusals, a calibrated threshold, and affine registration."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from test_matching import waves
+
+from custom.data.pairs import PairDataset, pair_loader
+from custom.data.store import VolumeStore
+from custom.landmarks.aligners import (
+    Aligner,
+    SamAligner,
+    calibrate_threshold,
+    make_aligner,
+    register_affine,
+)
+from custom.landmarks.embeddings import EmbeddingError, EmbeddingFolder, embed_store
+from custom.landmarks.geometry import to_world
+from custom.landmarks.sam import CENTRES_ZYX, STRIDES_ZYX, SAMMaps
+
+WEIGHTS = "a" * 64
+
+
+class CentredWaves:
+    """Stands in for SAM: equal places, counted from the volume's middle, have equal embeddings. Quick."""
+
+    settings: dict = {}  # noqa: RUF012
+
+    def embed(self, x: torch.Tensor, *, slab: int) -> SAMMaps:
+        size = np.array(x.shape[2:])
+        maps = []
+        for level, lengths in (("fine", [8.0, 12.0, 20.0, 40.0]), ("coarse", [30.0, 60.0])):
+            stride, centre = np.array(STRIDES_ZYX[level]), np.array(CENTRES_ZYX[level])
+            grid = size // (2, 1, 1) * (2, 1, 1) // stride if level == "fine" else -(-size // stride)
+            grid[1:] = -(-size[1:] // stride[1:])
+            voxels = np.indices(tuple(grid)).reshape(3, -1).T * stride + centre
+            vectors = waves(2.0 * (voxels - (size - 1) / 2), 16, lengths, seed=int(stride[1]))
+            maps.append(torch.from_numpy(vectors.reshape(*grid, 16)).permute(3, 0, 1, 2)[None])
+        return SAMMaps(*maps)
+
+
+@pytest.fixture(scope="module")
+def embeddings(store: VolumeStore, tmp_path_factory: pytest.TempPathFactory) -> EmbeddingFolder:
+    folder = tmp_path_factory.mktemp("embeddings")
+    embed_store(CentredWaves(), WEIGHTS, store, folder, progress=False)
+    return EmbeddingFolder(folder)
+
+
+def body_point(store: VolumeStore, name: str, index: int = 700) -> np.ndarray:
+    return to_world(store.affine(name), store.body_voxels(name)[index])
+
+
+def test_sam_finds_a_point_in_its_own_scan(store, embeddings):
+    aligner: Aligner = SamAligner(store, embeddings)
+    point = body_point(store, "case0")
+    match = aligner.align("case0", point, "case0", np.random.default_rng(0))
+    assert match.score > 0.99
+    assert np.linalg.norm(match.point_mm - point) < 2.0
+
+
+def test_sam_refuses_a_point_off_the_scan(store, embeddings):
+    match = SamAligner(store, embeddings).align("case0", np.full(3, 1e4), "case1", np.random.default_rng(0))
+    assert match.score == -1
+    assert match.score < SamAligner(store, embeddings, threshold=-0.99).threshold
+    assert np.isnan(match.point_mm).all()
+
+
+def test_a_match_that_does_not_come_back_is_refused(store, embeddings):
+    rng = np.random.default_rng(0)
+    points = [body_point(store, "case0", i) for i in range(100, 4000, 250)]
+    free = SamAligner(store, embeddings, -0.5)
+    strict = SamAligner(store, embeddings, -0.5, max_cycle_mm=3.0)
+    scores = [[a.align("case0", p, "case1", rng).score for p in points] for a in (free, strict)]
+    changed = np.array(scores[0]) != np.array(scores[1])
+    assert changed.any()
+    assert (np.array(scores[1])[changed] == -1).all()
+    own = np.array([strict.align("case0", p, "case0", rng).score for p in points])
+    assert (own > 0.9).mean() > 0.8, own
+
+
+def test_the_threshold_comes_from_the_argument_the_embeddings_or_the_paper(store, embeddings):
+    assert SamAligner(store, embeddings).threshold == 0.7
+    assert SamAligner(store, embeddings, 0.4).threshold == 0.4
+    embeddings.threshold = 0.6
+    try:
+        assert SamAligner(store, embeddings).threshold == 0.6
+    finally:
+        embeddings.threshold = None
+    with pytest.raises(ValueError, match="above -1"):
+        SamAligner(store, embeddings, -1.0)
+
+
+def test_asking_for_sam_without_embeddings_names_the_way_out(store, tmp_path):
+    with pytest.raises(ValueError, match="alice embed"):
+        make_aligner("sam", store)
+    with pytest.raises(EmbeddingError, match="alice embed"):
+        make_aligner("sam", store, tmp_path)
+    with pytest.raises(ValueError, match="coordinate, random, affine, sam"):
+        make_aligner("label", store)
+
+
+def test_aligners_by_name(store, embeddings):
+    for name in ("coordinate", "random", "affine"):
+        assert make_aligner(name, store).name == name
+    assert make_aligner("sam", store, embeddings.path, threshold=0.2).threshold == 0.2
+
+
+def test_workers_draw_the_same_pairs_as_the_main_process(store, embeddings):
+    data = PairDataset(store, SamAligner(store, embeddings, 0.0), (32, 32, 16), seed=3, max_redraws=20)
+    alone, shared = (list(pair_loader(data, 2, 3, workers=w)) for w in (0, 2))
+    for a, b in zip(alone, shared, strict=True):
+        torch.testing.assert_close(a["point_k"], b["point_k"])
+        torch.testing.assert_close(a["crop_k"], b["crop_k"])
+
+
+def test_a_threshold_is_calibrated_where_matches_come_back(store, embeddings):
+    found = calibrate_threshold(embeddings, store, store.names, num_pairs=6, num_points=15, share=0.2)
+    rows = {row["score"]: row for row in found.rows}
+    assert found.threshold is not None
+    assert rows[found.threshold]["within"] >= 0.2
+    assert rows[found.threshold]["points"] >= 20
+    accepted = [row["accepted"] for row in found.rows]
+    assert accepted == sorted(accepted)
+    impossible = calibrate_threshold(embeddings, store, store.names, num_pairs=2, num_points=5, share=1.01)
+    assert impossible.threshold is None
+    with pytest.raises(ValueError, match="two scans"):
+        calibrate_threshold(embeddings, store, ["case0"])
+
+
+@pytest.mark.slow  # ITK takes most of a minute to load on a busy machine
+def test_registration_finds_a_known_affine_map():
+    pytest.importorskip("itk")
+    affine = np.diag([6.0, 7.0, 8.0, 1.0])
+    true = np.array([[1.05, 0.04, 0, -16], [-0.04, 0.97, 0, 13], [0, 0.03, 1.0, -9], [0, 0, 0, 1]])
+
+    def blobs(points):  # three organs in a body, no symmetry
+        places = (
+            (90, 90, 90, 55, 0.5),
+            (70, 110, 110, 18, 0.3),
+            (120, 80, 70, 15, 0.4),
+            (90, 60, 120, 14, -0.3),
+        )
+        return sum(
+            h / (1 + np.exp((np.linalg.norm(points - [x, y, z], axis=-1) - r) / 4))
+            for x, y, z, r, h in places
+        )
+
+    grid = to_world(affine, np.stack(np.meshgrid(*map(np.arange, (31, 27, 23)), indexing="ij"), -1))
+    middle = np.array([90.0, 90.0, 90.0])
+    found = register_affine(blobs(to_world(true, grid)), affine, blobs(grid), affine, middle, middle)
+    points = grid[5:-5:3, 5:-5:3, 5:-5:3].reshape(-1, 3)
+    before, after = (
+        np.linalg.norm(to_world(m, points) - to_world(true, points), axis=1).mean()
+        for m in (np.eye(4), found)
+    )
+    assert after < 3.0 < 6.0 < before
+
+
+@pytest.mark.slow
+def test_affine_maps_are_kept_and_undo_each_other(store):
+    pytest.importorskip("itk")
+    aligner = make_aligner("affine", store)
+    there, back = aligner.transform("case0", "case1"), aligner.transform("case1", "case0")
+    np.testing.assert_allclose(there @ back, np.eye(4), atol=1e-9)
+    assert aligner.transform("case0", "case1") is there
+    match = aligner.align("case0", body_point(store, "case0"), "case1", np.random.default_rng(0))
+    np.testing.assert_allclose(match.point_mm, to_world(there, body_point(store, "case0")))
+    assert pickle.loads(pickle.dumps(aligner)).name == "affine"

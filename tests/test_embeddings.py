@@ -1,0 +1,230 @@
+"""Embeddings on disk: small, nearly what they were, whole or refused, and safe in workers."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from test_aligners import CentredWaves
+from test_matching import points_inside, structured
+
+from custom.data.store import VolumeStore
+from custom.landmarks.embeddings import (
+    EmbeddingError,
+    EmbeddingFolder,
+    StoredEmbedding,
+    body_cells,
+    embed_folder,
+    embed_store,
+    embedding_path,
+    levels_of,
+    pack,
+    quantise,
+    save_embedding,
+    unpack,
+)
+from custom.landmarks.matching import match_points
+from custom.landmarks.sam import embed_scan
+
+WEIGHTS = "a" * 64
+
+
+@pytest.fixture(scope="module")
+def model() -> CentredWaves:
+    return CentredWaves()
+
+
+@pytest.fixture(scope="module")
+def embedded(model: CentredWaves, store: VolumeStore, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("embedded")
+    return folder, embed_store(
+        model, WEIGHTS, store, folder, names=store.names[:2], threshold=0.55, progress=False
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
+@pytest.mark.parametrize("dim", [128, 13])
+def test_packing_loses_nothing(bits, dim):
+    levels = levels_of(bits)
+    steps = np.random.default_rng(0).integers(-levels, levels + 1, (17, dim)).astype(np.int8)
+    packed = pack(steps, bits)
+    np.testing.assert_array_equal(unpack(packed, bits, dim), steps)
+    if dim == 128:
+        assert packed.shape[1] == 128 * bits // 8
+
+
+def test_rounding_errs_by_half_a_step_at_most():
+    vectors = np.random.default_rng(0).normal(size=(50, 32)).astype(np.float32)
+    largest = np.abs(vectors).max(axis=1, keepdims=True)
+    assert np.abs(quantise(vectors, 15) * largest / 15 - vectors).max() <= (largest / 30).max() + 1e-6
+
+
+def test_what_is_stored_is_nearly_what_was_given(tmp_path):
+    embedding = structured(noise=0.3)
+    saved = save_embedding(tmp_path / "a.sam", embedding, WEIGHTS, "s")
+    stored = StoredEmbedding(saved.path).decode()
+    cosine = (stored.fine * embedding.fine).sum(0)
+    assert saved.mean_cosine == pytest.approx(float(cosine.mean()), abs=1e-5)
+    assert saved.lowest_cosine == pytest.approx(float(cosine.min()), abs=1e-5)
+    assert cosine.min() > 0.995
+    torch.testing.assert_close(stored.coarse, embedding.coarse, atol=1e-3, rtol=0)
+    np.testing.assert_array_equal(stored.affine, embedding.affine)
+    assert stored.shape == embedding.shape
+    eight = save_embedding(tmp_path / "b.sam", embedding, WEIGHTS, "s", fine_bits=8)
+    assert eight.lowest_cosine > 0.9999
+    assert eight.num_bytes > saved.num_bytes
+
+
+def test_matches_in_files_stay_within_half_a_cell_of_matches_in_float32(tmp_path):
+    scans = [structured(s, noise=0.25, dim=128) for s in ((0, 0, 0), (7.0, -5.0, 3.0))]
+    files = [
+        StoredEmbedding(save_embedding(tmp_path / f"{i}.sam", e, WEIGHTS, "s").path)
+        for i, e in enumerate(scans)
+    ]
+    points = points_inside(300, margin=8)
+    whole, stored = (match_points(points, *pair, refine=True).points_mm for pair in (scans, files))
+    assert (np.linalg.norm(whole - stored, axis=1) <= 2.0).mean() >= 0.99
+
+
+@pytest.mark.parametrize("noise", [0.2, 2.0])
+def test_exact_search_in_a_file_finds_what_the_authors_arithmetic_finds_in_it(tmp_path, noise):
+    body = np.zeros((21, 24, 30), bool)
+    body[2:19, 3:23, 4:29] = True
+    scans = [structured(noise=noise), structured((7.0, -5.0, 3.0), noise=noise)]
+    query, key = (
+        StoredEmbedding(save_embedding(tmp_path / f"{i}.sam", e, WEIGHTS, "s", body=body).path)
+        for i, e in enumerate(scans)
+    )
+    points = points_inside(15, margin=11)
+    exact, official = (match_points(points, query, key, method=m) for m in ("exact", "exhaustive"))
+    # norms are kept in fp16, so totals differ by up to 3e-4 and near ties may fall either way
+    np.testing.assert_allclose(exact.scores, official.scores, atol=5e-4)
+    assert (np.linalg.norm(exact.points_mm - official.points_mm, axis=1) < 1e-6).mean() >= 0.9
+
+
+def test_off_the_body_nothing_is_asked_and_nothing_is_found(tmp_path):
+    embedding = structured()
+    body = np.zeros((21, 24, 30), bool)
+    body[:, :, 15:] = True
+    stored = StoredEmbedding(save_embedding(tmp_path / "a.sam", embedding, WEIGHTS, "s", body=body).path)
+    off, on = embedding.cell_to_world((10, 12, 5)), embedding.cell_to_world((10, 12, 25))
+    for method in ("exact", "fast"):
+        asked = match_points([off, on], stored, stored, method=method)
+        assert asked.scores[0] == -1
+        assert np.isnan(asked.points_mm[0]).all()
+        np.testing.assert_allclose(asked.points_mm[1], on)
+        found = match_points(off, embedding, stored, method=method)  # its true place is not in the body
+        assert embedding.world_to_cell(found.points_mm[0])[2] >= 15
+
+
+def test_a_file_cut_short_changed_or_foreign_is_refused(tmp_path):
+    path = save_embedding(tmp_path / "a.sam", structured(), WEIGHTS, "s").path
+    good = path.read_bytes()
+    with pytest.raises(EmbeddingError, match=r"none\.sam: missing"):
+        StoredEmbedding(tmp_path / "none.sam")
+    path.write_bytes(good[:-100])
+    with pytest.raises(EmbeddingError, match="cut short"):
+        StoredEmbedding(path)
+    path.write_bytes(good[:5])
+    with pytest.raises(EmbeddingError, match=r"a\.sam: no embedding"):
+        StoredEmbedding(path)
+    path.write_bytes(b"\x10" + b"\0" * 7 + b"x" * 40)
+    with pytest.raises(EmbeddingError, match="no embedding, or damaged"):
+        StoredEmbedding(path)
+    path.write_bytes(good.replace(b"alice-embedding-1", b"alice-embedding-9"))
+    with pytest.raises(EmbeddingError, match="alice-embedding-9"):
+        StoredEmbedding(path)
+    changed = bytearray(good)
+    changed[-7] ^= 1
+    path.write_bytes(bytes(changed))
+    with pytest.raises(EmbeddingError, match="differs from what was written"):
+        StoredEmbedding(path).check()
+    path.write_bytes(good)
+    StoredEmbedding(path).check()
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_embedding(tmp_path / "a.sam", structured(), WEIGHTS, "s")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_is_embedded_once_and_resumed(model, store, embedded, tmp_path):
+    folder, written = embedded
+    both = store.names[:2]
+    assert [s.path.stem for s in written] == both == EmbeddingFolder(folder).names
+    assert embed_store(model, WEIGHTS, store, folder, names=both, progress=False) == []
+    assert EmbeddingFolder(folder).threshold == 0.55  # kept by the second call
+    embedding_path(folder, both[0]).rename(tmp_path / "away")
+    again = embed_store(model, WEIGHTS, store, folder, names=both, progress=False)
+    assert [s.path.read_bytes() for s in again] == [(tmp_path / "away").read_bytes()]
+    EmbeddingFolder(folder).require(store, both)
+
+
+def test_other_weights_and_changed_scans_are_refused(model, store, tmp_path):
+    name = store.names[0]
+    embed_store(model, WEIGHTS, store, tmp_path, names=[name], progress=False)
+    with pytest.raises(EmbeddingError, match="aaaaaaaaaaaa.*bbbbbbbbbbbb"):
+        embed_store(model, "b" * 64, store, tmp_path, names=[name], progress=False)
+    altered = VolumeStore(store.path)
+    altered.records[name].voxels_sha256 = "0" * 64
+    with pytest.raises(EmbeddingError, match="changed since"):
+        embed_store(model, WEIGHTS, altered, tmp_path, names=[name], progress=False)
+    with pytest.raises(EmbeddingError, match="made from other voxels"):
+        EmbeddingFolder(tmp_path).require(altered, [name])
+    with pytest.raises(EmbeddingError, match=r"case1 \(missing\).*alice embed"):
+        EmbeddingFolder(tmp_path).require(store)
+    assert (
+        len(embed_store(model, "b" * 64, store, tmp_path, names=[name], overwrite=True, progress=False)) == 1
+    )
+    index = json.loads((tmp_path / "embeddings.json").read_text())
+    (tmp_path / "embeddings.json").write_text(json.dumps(index | {"weights_sha256": "c" * 64}))
+    with pytest.raises(EmbeddingError, match="do not compare"):
+        EmbeddingFolder(tmp_path)[name]
+    (tmp_path / "embeddings.json").unlink()
+    with pytest.raises(EmbeddingError, match="no embeddings here"):
+        EmbeddingFolder(tmp_path)
+
+
+def test_stored_cells_cover_the_body_with_a_margin(model, store):
+    name = store.names[0]
+    hu, affine = store.read_crop(name, (0, 0, 0), store.shape(name)), store.affine(name)
+    embedding = embed_scan(model, (hu, affine))
+    body = body_cells(hu, affine, embedding)
+    assert 0.3 < body.mean() < 0.95
+    voxels = store.body_voxels(name)
+    points = voxels @ affine[:3, :3].T + affine[:3, 3]
+    cells = np.rint(embedding.world_to_cell(points)).astype(int).clip(0, np.array(body.shape) - 1)
+    assert body[tuple(cells.T)].all()
+
+
+def test_a_folder_of_files_with_names_of_any_script(model, scans, tmp_path):
+    source, out = tmp_path / "Aufnahmen", tmp_path / "eingebettet é"
+    source.mkdir()
+    (source / "Größe 患者.nii.gz").write_bytes((scans / "case0.nii.gz").read_bytes())
+    embed_folder(model, WEIGHTS, source, out, progress=False)
+    folder = EmbeddingFolder(out)
+    (name,) = folder.names
+    assert "患者" in name
+    assert folder[name].header.name == name
+    assert embedding_path(out, name).is_file()
+
+
+def test_an_open_folder_travels_to_another_process(embedded, store):
+    folder = EmbeddingFolder(embedded[0])
+    name = store.names[0]
+    point = store.affine(name) @ [*store.body_voxels(name)[500], 1]
+    before = match_points(point[:3], folder[name], folder[store.names[1]], method="fast")
+    copy = pickle.loads(pickle.dumps(folder))
+    after = match_points(
+        point[:3], copy[name], pickle.loads(pickle.dumps(copy[store.names[1]])), method="fast"
+    )
+    np.testing.assert_array_equal(before.points_mm, after.points_mm)
+    assert len(pickle.dumps(folder)) < 1000

@@ -1,0 +1,237 @@
+"""Quality of alignment: figures done by hand, warps that do not fold, and a table and page that are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from custom.data.build import build_store
+from custom.data.phantom import write_cohort
+from custom.data.store import VolumeStore
+from custom.landmarks.aligners import CoordinateAligner, Match, RandomAligner
+from custom.landmarks.geometry import to_world
+from custom.landmarks.quality import (
+    WARPED,
+    Figures,
+    alignment_table,
+    ask,
+    check_alignment,
+    deform,
+    distance_to_structure,
+    draw_pairs,
+    draw_warp,
+    errors_mm,
+    known_warp,
+    label_transfer,
+    landmark_error,
+    phantom_error,
+    phantom_truth,
+    planes,
+    read_landmarks,
+    structure_centroid_error,
+    write_warped,
+)
+
+
+class Shift:
+    """Answers with the point moved by ``by_mm``; refuses points left of ``refuse_below`` (x)."""
+
+    name, threshold = "shift", 0.5
+
+    def __init__(self, by_mm=(0.0, 0.0, 0.0), refuse_below: float = -1e9) -> None:
+        self.by_mm, self.refuse_below = np.array(by_mm), refuse_below
+
+    def align(self, scan_q, point_mm, scan_k, rng) -> Match:
+        if point_mm[0] < self.refuse_below:
+            return Match(np.full(3, np.nan), -1.0)
+        return Match(point_mm + self.by_mm, 1.0)
+
+
+@pytest.fixture(scope="module")
+def shifted(tmp_path_factory: pytest.TempPathFactory) -> VolumeStore:
+    """Two patients, the second's box of label 1 moved by 8 mm along x."""
+    folder = tmp_path_factory.mktemp("shifted")
+    for name, start in (("a", 10), ("b", 14)):
+        volume, label = np.full((40, 31, 23), 30, np.int16), np.zeros((40, 31, 23), np.uint8)
+        volume[:2] = -1000
+        label[start : start + 11, 10:17, 8:13] = 1
+        affine = np.diag([2.0, 2.0, 3.0, 1.0])
+        nib.save(nib.Nifti1Image(volume, affine), folder / f"{name}.nii.gz")
+        nib.save(nib.Nifti1Image(label, affine), folder / f"{name}_label.nii.gz")
+    return build_store(folder, tmp_path_factory.mktemp("store"), spacing=(2.0, 2.0, 3.0), progress=False)
+
+
+def test_label_transfer_by_hand(shifted):
+    right = label_transfer(Shift((8.0, 0, 0)), shifted, [("a", "b")], num_points=40)
+    assert right.inside[1].row("", "", "mean")["value"] == 1.0
+    assert right.centroid_mm[1].by_pair[0][0] == pytest.approx(0.0, abs=1e-6)
+    # unmoved, voxels 10 to 20 of 11 stay in 14 to 24 if they are 14 or more: 7 of 11 do, the others are 2 to 8 mm off
+    still = label_transfer(Shift(), shifted, [("a", "b")], num_points=4000)
+    assert still.inside[1].row("", "", "mean")["value"] == pytest.approx(7 / 11, abs=0.03)
+    assert still.distance_mm[1].row("", "", "mean")["value"] == pytest.approx((2 + 4 + 6 + 8) / 11, abs=0.15)
+    assert still.centroid_mm[1].by_pair[0][0] == pytest.approx(8.0, abs=1e-6)
+    error = structure_centroid_error(Shift((8.0, 3.0, 0)), shifted, [("a", "b")])
+    assert error[1].by_pair[0][0] == pytest.approx(3.0, abs=1e-6)
+
+
+def test_distance_to_a_structure_by_hand():
+    mask = np.zeros((9, 7, 5), bool)
+    mask[4, 3, 2] = True
+    affine = np.diag([2.0, 3.0, 4.0, 1.0])
+    points = np.array([[8.9, 8.0, 9.9], [8.0, 9.0, 16.0], [0.0, 9.0, 8.0], [np.nan] * 3])
+    np.testing.assert_allclose(distance_to_structure(mask, affine, points), [0.0, 8.0, 8.0, np.inf])
+
+
+def test_a_point_without_an_answer_is_missed_and_infinitely_far(shifted):
+    transfer = label_transfer(Shift(refuse_below=1e9), shifted, [("a", "b")], num_points=3)
+    assert transfer.inside[1].row("", "", "mean")["value"] == 0.0
+    assert np.isinf(transfer.distance_mm[1].by_pair[0]).all()
+    asked = ask(Shift(refuse_below=0.0), ("a", "b"), np.array([[-1.0, 0, 0], [1.0, 0, 0]]))
+    assert asked.accepted.tolist() == [False, True]
+    np.testing.assert_array_equal(errors_mm(asked, np.array([[0.0, 0, 0], [1.0, 3, 4]])), [np.inf, 5.0])
+    assert np.isnan(errors_mm(asked, np.full((2, 3), np.nan))).all()
+
+
+def test_figures_by_hand():
+    figures = Figures([np.array([1.0, 2.0, np.nan]), np.array([30.0])])
+    row = figures.row("sam", "error", "mean")
+    assert row["value"] == 11.0
+    assert (row["pairs"], row["points"]) == (2, 3)
+    assert row["low"] == 1.5
+    assert row["high"] == 30.0
+    assert figures.row("sam", "error", "within 10 mm")["value"] == pytest.approx(2 / 3)
+    assert Figures([np.array([1.0, np.inf])]).row("sam", "error", "P90")["value"] == np.inf
+    assert np.isnan(Figures([]).row("sam", "error", "mean")["value"])
+
+
+@pytest.mark.parametrize("bend_mm", [8.0, 200.0])
+def test_a_warp_never_folds(bend_mm):
+    grid = np.stack(np.meshgrid(*[np.arange(-150.0, 150, 11)] * 3, indexing="ij"), -1)
+    for seed in range(4):
+        warp = draw_warp(np.random.default_rng(seed), np.zeros(3), bend_mm=bend_mm)
+        slopes = [(warp(grid + 0.01 * step) - warp(grid)) / 0.01 for step in np.eye(3)]
+        assert np.linalg.det(np.stack(slopes, -1)).min() > 0.05
+        assert np.linalg.norm(warp(grid) - grid, axis=-1).mean() > 5
+
+
+def test_a_deformed_scan_shows_what_lies_where_the_warp_leads():
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])
+    grid = to_world(affine, np.stack(np.meshgrid(*map(np.arange, (31, 29, 23)), indexing="ij"), -1))
+    hu = np.rint(grid @ [3.0, 5.0, 7.0]).astype(np.int16)  # linear, so that interpolation is exact
+    warp = draw_warp(
+        np.random.default_rng(0), np.array([30.0, 28, 33]), shift_mm=3.0, rotation_deg=3.0, bend_mm=2.0
+    )
+    deformed = deform(hu, affine, warp)[10:20, 10:20, 8:15]
+    np.testing.assert_allclose(deformed, warp(grid[10:20, 10:20, 8:15]) @ [3.0, 5.0, 7.0], atol=1.1)
+
+
+def test_the_true_warp_has_no_error_and_others_have(store, tmp_path):
+    warped, warps = write_warped(store, store.names[:2], tmp_path)
+    assert sorted(warped.names) == sorted([*store.names[:2], *(n + WARPED for n in store.names[:2])])
+
+    class Oracle(Shift):
+        def align(self, scan_q, point_mm, scan_k, rng) -> Match:
+            return Match(warps[scan_q](point_mm[None])[0], 1.0)
+
+    perfect, still = (known_warp(a, warped, warps, 15).row("", "", "mean") for a in (Oracle(), Shift()))
+    assert perfect["value"] == pytest.approx(0, abs=1e-9)
+    assert perfect["points"] > 10
+    assert still["value"] > 5
+
+
+def test_phantoms_have_a_true_correspondence(tmp_path):
+    images = write_cohort(tmp_path / "phantoms", 2, seed=1, size="small")
+    made = build_store(
+        tmp_path / "phantoms" / "images", tmp_path / "store", spacing=(5.0, 5.0, 5.0), progress=False
+    )
+    assert len(images) == len(made.names) == 2
+    folder = tmp_path / "phantoms"
+    pairs, truth = draw_pairs(made, 9), phantom_truth(made, folder)
+    points = to_world(made.affine(made.names[0]), made.body_voxels(made.names[0])[::997])
+    own = truth(made.names[0], points, made.names[0])
+    assert np.nanmax(np.linalg.norm(own - points, axis=1)) < 0.5
+
+    class Oracle(Shift):
+        def align(self, scan_q, point_mm, scan_k, rng) -> Match:
+            return Match(truth(scan_q, point_mm[None], scan_k)[0], 1.0)
+
+    assert phantom_error(Oracle(), made, folder, pairs, 10).row("", "", "mean")["value"] < 0.5
+    near, control = (
+        phantom_error(a, made, folder, pairs, 30).row("", "", "mean")["value"]
+        for a in (CoordinateAligner(made), RandomAligner(made))
+    )
+    assert near < 40 < control
+    with pytest.raises(ValueError, match="alice phantom"):
+        phantom_error(Oracle(), made, tmp_path, pairs, 1)
+
+
+def test_landmarks_are_read_and_measured(tmp_path):
+    path = tmp_path / "marks.csv"
+    path.write_text("scan,landmark,x,y,z\na,carina,1,2,3\nb,carina,1,5,7\na,hilum,0,0,0\n")
+    marks = read_landmarks(path)
+    figures = landmark_error(Shift(), marks, [("a", "b"), ("b", "a")])
+    assert [values.tolist() for values in figures.by_pair] == [[5.0], [5.0]]
+    path.write_text("scan,landmark,x,y,z\na,carina,1,,3\n")
+    with pytest.raises(ValueError, match=r"marks\.csv, line 2"):
+        read_landmarks(path)
+    path.write_text("scan,x,y,z\n")
+    with pytest.raises(ValueError, match=r"landmark missing"):
+        read_landmarks(path)
+
+
+def test_every_aligner_gets_the_same_table(store):
+    pairs = draw_pairs(store, 3)
+    rows = alignment_table(
+        {"shift": Shift((0, 0, 4.0)), "random": RandomAligner(store)}, store, pairs, num_points=4
+    )
+    kinds = [
+        [(r["measure"], r["statistic"]) for r in rows if r["aligner"] == name] for name in ("shift", "random")
+    ]
+    assert kinds[0] == kinds[1]
+    value = {(r["aligner"], r["measure"], r["statistic"]): r["value"] for r in rows}
+    assert value["shift", "cycle error, mm", "mean"] == pytest.approx(8.0)
+    assert value["random", "cycle error, mm", "mean"] > 30
+    assert value["random", "in same structure", "mean"] < 0.5
+
+
+def test_check_alignment_writes_table_page_and_pictures(store, tmp_path):
+    aligners = {"coordinate": CoordinateAligner(store), "shift": Shift(refuse_below=1e9)}
+    rows = check_alignment(
+        store, aligners, tmp_path / "out é", pairs=2, points=2, pictures=2, label_names={1: "Leber <b>"}
+    )
+    names = sorted(path.name for path in (tmp_path / "out é").iterdir())
+    assert names == [
+        "00_coordinate.png",
+        "00_shift.png",
+        "01_coordinate.png",
+        "01_shift.png",
+        "index.html",
+        "table.csv",
+    ]
+    html = Path(tmp_path / "out é" / "index.html").read_text(encoding="utf-8")
+    assert "Leber &lt;b&gt;" in html
+    assert "(refused)" in html
+    assert len((tmp_path / "out é" / "table.csv").read_text(encoding="utf-8").splitlines()) == len(rows) + 1
+
+
+def test_pairs_are_of_different_patients(store):
+    assert len(draw_pairs(store, 1000)) == 30
+    assert all(store.patient(q) != store.patient(k) for q, k in draw_pairs(store, 7))
+    with pytest.raises(ValueError, match="two patients"):
+        draw_pairs(store, 5, names=["case0"])
+
+
+def test_planes_show_right_on_the_left_and_superior_on_top(store):
+    name = store.names[0]
+    centre = to_world(store.affine(name), np.array(store.shape(name)) / 2)
+    picture = planes(store, name, centre, side_mm=400.0, pixels=90)[..., 0]
+    assert picture.shape == (90, 270)
+    shown = planes(store, name, centre + np.array([60.0, 0, 0]), side_mm=400.0, pixels=90)[..., 0]
+    # looking from farther right, the body moves to the picture's right
+    columns = np.arange(90)
+    assert (shown[:, :90].sum(0) @ columns) / shown[:, :90].sum() > (
+        picture[:, :90].sum(0) @ columns
+    ) / picture[:, :90].sum()
