@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -289,3 +290,8 @@ def hold_back(store: VolumeStore, patients: int, seed: int = 0) -> tuple[list[st
     held = set(ranked[: max(0, min(patients, len(everyone) - 2))])
     train = [name for name in store.names if store.patient(name) not in held]
     return train, [name for name in store.names if store.patient(name) in held]
+
+
+def digest_of_names(names: Sequence[str]) -> str:
+    """A sha256 that stands for a set of scans without naming them."""
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
