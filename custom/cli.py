@@ -40,6 +40,53 @@ def phantom(folder: str, n: int = 24, seed: int = 0, size: str = "standard", can
         )
 
 
+def scan(
+    folder: str,
+    o: str = "manifest.json",
+    report: str | None = None,
+    against: Sequence[str] = (),
+    profile: str = "ct",
+    min_slices: int = 16,
+    patient_pattern: str | None = None,
+    hash_ids: bool = True,
+    salt: str | None = None,
+    workers: int = 4,
+) -> None:
+    """Say what is in a folder: which scans can be used, which cannot and why; resumable. Exit code 0, 1 or 2.
+
+    Args:
+        folder: of NIfTI, NRRD, MetaImage, and DICOM.
+        o: the manifest to write.
+        report: an HTML page to write.
+        against: other manifests or datalists to check for leakage.
+        profile: of intensities, ct or mr.
+        min_slices: fewer make no volume.
+        patient_pattern: regular expression on the path; its first group is the patient.
+        hash_ids: write salted hashes instead of patients' identifiers.
+        salt: of those hashes, to compare manifests.
+        workers: processes.
+    """
+    from custom.data.manifest import exit_code, scan_folder, summary
+
+    made = scan_folder(
+        folder,
+        output=o,
+        against=[against] if isinstance(against, str) else list(against),
+        profile=profile,
+        min_slices=min_slices,
+        patient_pattern=patient_pattern,
+        hash_ids=hash_ids,
+        salt=salt,
+        workers=workers,
+    )
+    print(summary(made))
+    if report:
+        from custom.data.intake_page import intake_page
+
+        intake_page(made).write(report)
+    sys.exit(exit_code(made))
+
+
 def build(
     source: str,
     store: str,
@@ -52,7 +99,7 @@ def build(
     """Bring a folder of scans (or a datalist JSON) onto one grid, ready to be read crop by crop; resumable.
 
     Args:
-        source: folder or datalist.
+        source: folder, datalist, or manifest of alice scan.
         store: folder to write.
         spacing: mm along x, y, z, as "[1.5,1.5,2.0]".
         bad_scans_allowed: unusable scans to skip.
@@ -306,6 +353,7 @@ def profile(config: str | Sequence[str], steps: int = 8, **overrides: Any) -> No
 
 COMMANDS: dict[str, Any] = {
     "phantom": phantom,
+    "scan": scan,
     "build": build,
     "embed": embed,
     "check-alignment": check_alignment,

@@ -339,7 +339,8 @@ def test_the_shipped_encoder_passes_the_zoos_checks(tmp_path):
 @pytest.mark.slow
 def test_real_abdomen_chest_and_head_and_neck_pre_train_together(real_data, tmp_path):
     done = run(
-        command(real_data, tmp_path / "run", iterations=20, warmup=2, probe_every=100, workers=0), cwd=tmp_path
+        command(real_data, tmp_path / "run", iterations=20, warmup=2, probe_every=100, workers=0),
+        cwd=tmp_path,
     )
     report = json.loads((tmp_path / "run" / "store" / "report.json").read_text())
     assert len(report["taken"]) == 84 and all("mr" in name for name in report["refused"])

@@ -131,7 +131,9 @@ def test_a_stock_vit_of_another_size_says_that_it_needs_its_grid(saved):
 
 def test_another_number_of_heads_is_refused_though_every_shape_fits(saved):
     _, path = saved
-    with pytest.raises(WeightsError, match="num_heads: 4 in the file, 3 here: build the network with num_heads=4"):
+    with pytest.raises(
+        WeightsError, match="num_heads: 4 in the file, 3 here: build the network with num_heads=4"
+    ):
         load_encoder(UNETR(**(UNETR_12 | {"num_heads": 3})), path)
 
 
@@ -177,7 +179,9 @@ def test_half_precision_halves_the_file_and_loads_into_full(saved, tmp_path):
     unetr = UNETR(**UNETR_12).eval()
     load_encoder(unetr, tmp_path / "half.safetensors", verbose=False)
     assert all(v.dtype == torch.float32 for v in unetr.state_dict().values())
-    torch.testing.assert_close(unetr.vit(torch.ones(1, 1, *SIZE))[0], net(torch.ones(1, 1, *SIZE))[0], atol=2e-2, rtol=0)
+    torch.testing.assert_close(
+        unetr.vit(torch.ones(1, 1, *SIZE))[0], net(torch.ones(1, 1, *SIZE))[0], atol=2e-2, rtol=0
+    )
 
 
 def test_altered_damaged_missing_and_foreign_files_are_refused(saved, tmp_path):
@@ -218,8 +222,21 @@ def test_a_failed_write_leaves_no_file(tmp_path):
 
 # -- Swin and nnFormer -------------------------------------------------------------------------------------------------
 
-SWIN = {"in_chans": 1, "embed_dim": 12, "window_size": (7, 7, 7), "patch_size": (2, 2, 2), "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 3)}
-SWIN_UNETR = {"in_channels": 1, "out_channels": 3, "feature_size": 12, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 3)}
+SWIN = {
+    "in_chans": 1,
+    "embed_dim": 12,
+    "window_size": (7, 7, 7),
+    "patch_size": (2, 2, 2),
+    "depths": (1, 1, 2, 1),
+    "num_heads": (1, 2, 2, 3),
+}
+SWIN_UNETR = {
+    "in_channels": 1,
+    "out_channels": 3,
+    "feature_size": 12,
+    "depths": (1, 1, 2, 1),
+    "num_heads": (1, 2, 2, 3),
+}
 
 
 @pytest.fixture
@@ -243,7 +260,10 @@ def test_stock_swin_unetr_is_filled_whole_and_gives_the_same_five_maps(saved_swi
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"downsample": "mergingv2"}, r"downsample: 'merging' in the file, 'mergingv2' here: build the network with downsample='merging'"),
+        (
+            {"downsample": "mergingv2"},
+            r"downsample: 'merging' in the file, 'mergingv2' here: build the network with downsample='merging'",
+        ),
         ({"use_v2": True}, "use_v2: the network has residual convolutions"),
         ({"depths": (2, 1, 2, 1)}, "missing: layers1.0.blocks.1.norm1.weight"),
         ({"num_heads": (1, 2, 3, 3)}, "shape: layers3.0.blocks.0.attn.relative_position_bias_table"),
@@ -260,14 +280,18 @@ def test_a_swin_takes_more_input_channels_when_asked(saved_swin):
     stock = SwinUNETR(**(SWIN_UNETR | {"in_channels": 2})).eval()
     load_encoder(stock, path, adapt_channels=True, verbose=False)
     volume = torch.rand(1, 1, 64, 32, 32)
-    torch.testing.assert_close(stock.swinViT(volume.expand(-1, 2, -1, -1, -1))[4], net(volume)[4], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        stock.swinViT(volume.expand(-1, 2, -1, -1, -1))[4], net(volume)[4], atol=1e-4, rtol=1e-4
+    )
 
 
 def test_nnformer_takes_its_encoder_and_another_index_is_refused(tmp_path):
     torch.manual_seed(0)
     small = {"embed_dim": 6, "num_heads": (1, 1, 2, 2), "img_size": (64, 64, 32), "drop_path_rate": 0.0}
     net = NNFormer(1, 2, **small).eval()
-    save_encoder(tmp_path / "n.safetensors", net.encoder, {"network_type": "NNFormer", "network": net.settings})
+    save_encoder(
+        tmp_path / "n.safetensors", net.encoder, {"network_type": "NNFormer", "network": net.settings}
+    )
     other = NNFormer(1, 5, **small).eval()
     report = load_encoder(other, tmp_path / "n.safetensors", verbose=False)
     assert set(report.loaded) == set(other.encoder.state_dict())

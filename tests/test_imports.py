@@ -21,7 +21,11 @@ def imports():
     for path in (REPO / "custom").rglob("*.py"):
         name = ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        found[name] = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and n.module.startswith("custom")}
+        found[name] = {
+            n.module
+            for n in nodes
+            if isinstance(n, ast.ImportFrom) and n.module and n.module.startswith("custom")
+        }
     return found
 
 

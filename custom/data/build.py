@@ -15,6 +15,8 @@ import torch
 from tqdm import tqdm
 
 from custom.data.body import body_mask
+from custom.data.dicom import read_series
+from custom.data.manifest import Manifest
 from custom.data.resample import resample, spacing_of, to_ras
 from custom.data.scans import Scan, ScanError, check_hu, list_scans, read_volume
 from custom.data.store import (
@@ -83,7 +85,7 @@ def build_store(
         scans = list(source)
     else:  # a store remembers how its patients were told apart
         patient_pattern = patient_pattern or known.get("patient_pattern")
-        scans = list_scans(source, patient_pattern)  # type: ignore[arg-type]
+        scans = _listed(Path(str(source)), patient_pattern)
     faults: dict[str, dict] = {n: f for n, f in known.get("refused", {}).items() if _same_file(f, n, scans)}
     tolerated = set(faults)
     records = _existing(store, settings, scans)
@@ -135,6 +137,13 @@ def require_patients(store: VolumeStore, count: int) -> None:
             f"{store.path}: {len(patients)} patient(s) ({', '.join(patients[:3])}), at least {count} are needed, since "
             "a pair is two different patients' scans. Add scans, or set patient_pattern if file names hide the patient."
         )
+
+
+def _listed(source: Path, patient_pattern: str | None) -> list[Scan]:
+    """The scans of a folder, a datalist, or a manifest that ``alice scan`` wrote."""
+    if source.is_file() and '"alice-manifest' in source.read_text(encoding="utf-8", errors="replace")[:4096]:
+        return Manifest.load(source).scans()
+    return list_scans(source, patient_pattern)
 
 
 def _known(store: Path, settings: dict) -> dict:
@@ -215,7 +224,10 @@ def _build_one(scan: Scan, store: Path, settings: dict) -> Built:
 
 
 def _convert(scan: Scan, store: Path, settings: dict) -> VolumeRecord:
-    raw, raw_affine = read_volume(scan.image)
+    if files := scan.extra.get("files"):  # a DICOM series
+        raw, raw_affine = read_series([Path(file) for file in files])
+    else:
+        raw, raw_affine = read_volume(scan.image)
     hu, affine = to_ras(check_hu(scan.image, raw), raw_affine)
     hu, affine = resample(hu, affine, settings["spacing"])
     body, steps = body_mask(hu, tuple(settings["spacing"]))

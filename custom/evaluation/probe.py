@@ -309,6 +309,8 @@ class EncoderProbe:
 def encoder_probe(store: Volumes, names: Sequence[str], **options: object) -> EncoderProbe | None:
     """A probe on the held-back scans, or None if they are of fewer than two patients."""
     if len({store.patient(name) for name in names}) < 2:
-        logger.warning("No probe: it needs held-back scans of two patients, there are %d scan(s).", len(names))
+        logger.warning(
+            "No probe: it needs held-back scans of two patients, there are %d scan(s).", len(names)
+        )
         return None
     return EncoderProbe(store, names, **options)  # type: ignore[arg-type]

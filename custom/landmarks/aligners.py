@@ -14,7 +14,6 @@ from custom.landmarks.embeddings import EmbeddingFolder
 from custom.landmarks.geometry import to_voxels, to_world
 from custom.landmarks.matching import REFUSED, Method, cycle_error, match_points
 
-
 logger = logging.getLogger(__name__)
 
 

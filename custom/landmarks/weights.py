@@ -72,6 +72,7 @@ def save_sam(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, temporary, metadata={KEY: json.dumps(content)})
+        temporary.chmod(0o644)  # safetensors lets only its owner read
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be written ({error}).") from error
