@@ -385,3 +385,9 @@ def test_more_refusals(tmp_path: Path):
     with pytest.raises(ValueError, match="line 2: dsc is 'high'"):
         read_rows(tmp_path / "bad.csv")
     assert not (tmp_path / "rows.csv").exists()
+
+
+def test_phantoms_are_labelled_in_the_order_that_is_scored():
+    from custom.data.phantom import FLARE_ORGANS
+
+    assert tuple(FLARE_ORGANS) == tuple(FLARE22_ORGANS)
