@@ -114,7 +114,9 @@ class MaskedViT(ViT):
         row = torch.arange(batch, device=x.device)[:, None]
         visible = patches[row, index].flatten(0, 1)  # (B * N_visible, C, px, py, pz)
         layer = self.patch_embedding.patch_embeddings
-        if isinstance(layer, nn.Conv3d):  # on one patch its convolution is a matrix product, ten times faster as such
+        if isinstance(
+            layer, nn.Conv3d
+        ):  # on one patch its convolution is a matrix product, ten times faster as such
             embedded = F.linear(visible.flatten(1), layer.weight.flatten(1), layer.bias)
         else:
             embedded = self._embed(visible)
