@@ -116,6 +116,38 @@ def test_chores_on_a_run_work_from_the_command_line(finished, tmp_path):
     assert "Traceback" not in refused.stderr
 
 
+def test_a_profile_says_where_a_steps_time_goes(scans, finished, tmp_path):
+    files = str([str(CONFIGS / f) for f in ("train.yaml", "smoke.yaml")])
+    words = [
+        sys.executable,
+        "-m",
+        "custom.cli",
+        "profile",
+        files,
+        "--steps",
+        "2",
+        "--dataset_dir",
+        str(scans),
+    ]
+    for key, value in (TINY | {"store_dir": finished / "store", "workers": 0}).items():
+        if key not in ("iterations", "warmup", "checkpoint_every", "monitor_every", "probe_every"):
+            words += [f"--{key}", str(value)]
+    lines = run(words, cwd=tmp_path).stdout.splitlines()
+    shares = {line.split()[0]: float(line.split()[2].rstrip("%")) for line in lines if line.endswith("%")}
+    assert {
+        "loader",
+        "views",
+        "online",
+        "decoder",
+        "target",
+        "losses",
+        "backward",
+        "optimizer",
+        "ema",
+    } <= set(shares)
+    assert sum(shares.values()) == pytest.approx(100, abs=1) and shares["backward"] > 0
+
+
 @pytest.mark.slow
 def test_a_run_killed_midway_resumes_to_the_bit(scans, finished, tmp_path):
     words = command(scans, tmp_path / "run", workers=1, store_dir=finished / "store")
