@@ -72,8 +72,8 @@ def test_sam_refuses_a_point_off_the_scan(store, embeddings):
 def test_a_match_that_does_not_come_back_is_refused(store, embeddings):
     rng = np.random.default_rng(0)
     points = [body_point(store, "case0", i) for i in range(100, 4000, 250)]
-    free = SamAligner(store, embeddings, -0.5)
-    strict = SamAligner(store, embeddings, -0.5, max_cycle_mm=3.0)
+    free = SamAligner(store, embeddings, -0.5, consensus=False)
+    strict = SamAligner(store, embeddings, -0.5, max_cycle_mm=3.0, consensus=False)
     scores = [[a.align("case0", p, "case1", rng).score for p in points] for a in (free, strict)]
     changed = np.array(scores[0]) != np.array(scores[1])
     assert changed.any()
@@ -106,7 +106,9 @@ def test_asking_for_sam_without_embeddings_names_the_way_out(store, tmp_path):
 def test_aligners_by_name(store, embeddings):
     for name in ("coordinate", "random", "affine"):
         assert make_aligner(name, store).name == name
-    assert make_aligner("sam", store, embeddings.path, threshold=0.2).threshold == 0.2
+    for name in ("sam", "sam_nearest"):
+        aligner = make_aligner(name, store, embeddings.path, threshold=0.2)
+        assert (aligner.name, aligner.threshold) == (name, 0.2)
 
 
 def test_workers_draw_the_same_pairs_as_the_main_process(store, embeddings):
@@ -118,17 +120,21 @@ def test_workers_draw_the_same_pairs_as_the_main_process(store, embeddings):
 
 
 def test_a_threshold_is_calibrated_where_matches_come_back(store, embeddings):
-    found = calibrate_threshold(embeddings, store, store.names, num_pairs=6, num_points=15, share=0.2)
+    found = calibrate_threshold(
+        SamAligner(store, embeddings), store, store.names, num_pairs=6, num_points=15, share=0.2
+    )
     rows = {row["score"]: row for row in found.rows}
     assert found.threshold is not None
     assert rows[found.threshold]["within"] >= 0.2
     assert rows[found.threshold]["points"] >= 20
     accepted = [row["accepted"] for row in found.rows]
     assert accepted == sorted(accepted)
-    impossible = calibrate_threshold(embeddings, store, store.names, num_pairs=2, num_points=5, share=1.01)
+    impossible = calibrate_threshold(
+        SamAligner(store, embeddings), store, store.names, num_pairs=2, num_points=5, share=1.01
+    )
     assert impossible.threshold is None
     with pytest.raises(ValueError, match="two scans"):
-        calibrate_threshold(embeddings, store, ["case0"])
+        calibrate_threshold(SamAligner(store, embeddings), store, ["case0"])
 
 
 @pytest.mark.slow  # ITK takes most of a minute to load on a busy machine

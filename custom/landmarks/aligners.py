@@ -10,11 +10,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from custom.landmarks.consensus import PairMap, body_cells, fit_pair_map, match_near
 from custom.landmarks.embeddings import EmbeddingFolder
 from custom.landmarks.geometry import to_voxels, to_world
-from custom.landmarks.matching import REFUSED, Method, cycle_error, match_points
+from custom.landmarks.matching import REFUSED, Matches, Method, match_points
 
 logger = logging.getLogger(__name__)
+
+MIN_SUPPORT = 0.2
 
 
 class ScanGeometry(Protocol):
@@ -200,21 +203,24 @@ def _itk_image(itk: Any, volume: np.ndarray, affine: np.ndarray) -> Any:
 class SamAligner:
     """The point whose embedding is most alike (SAM; spec 2.4), from embeddings made beforehand.
 
-    Safe to use from many workers: files are opened per process.
+    With ``consensus`` the scans' matches first agree on one smooth map, and a point is looked for near where that takes
+    it; a pair of scans whose matches do not agree has no common anatomy, and is refused. Safe to use from many
+    workers: files are opened per process.
 
     Args:
         scans: whose embeddings these are.
         embeddings: folder that ``alice embed`` wrote.
         threshold: score that a match needs; by default what was calibrated for the weights, else 0.7 (Alice).
         max_cycle_mm: refuse matches that come back farther from where they started; None asks no match back.
-        method: see :func:`custom.landmarks.matching.match_points`.
+        method: of single matches, without consensus; see :func:`custom.landmarks.matching.match_points`.
+        consensus: see :mod:`custom.landmarks.consensus`.
+        min_support: share of matches that must agree on the map (ours).
+        max_pairs: maps kept.
 
     Raises:
         EmbeddingError: if a scan has no embedding, or one of other voxels or weights.
         ValueError: for a threshold that would accept what is refused.
     """
-
-    name = "sam"
 
     def __init__(
         self,
@@ -224,6 +230,9 @@ class SamAligner:
         *,
         max_cycle_mm: float | None = None,
         method: Method = "fast",
+        consensus: bool = True,
+        min_support: float = MIN_SUPPORT,
+        max_pairs: int = 1000,
     ) -> None:
         self.embeddings = (
             embeddings if isinstance(embeddings, EmbeddingFolder) else EmbeddingFolder(embeddings)
@@ -234,16 +243,44 @@ class SamAligner:
         if not REFUSED < self.threshold <= 1:
             raise ValueError(f"threshold must be above {REFUSED:g} and at most 1, got {self.threshold}.")
         self.max_cycle_mm, self.method = max_cycle_mm, method
+        self.consensus, self.min_support, self.max_pairs = consensus, min_support, max_pairs
+        self.name = "sam" if consensus else "sam_nearest"
+        self._open()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("pair_map", "_cells")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
 
     def align(self, scan_q: str, point_mm: np.ndarray, scan_k: str, rng: np.random.Generator) -> Match:
-        """As :meth:`Aligner.align`; score -1 and nan for a point off the body, -1 for one that comes back elsewhere."""
-        query, key = self.embeddings[scan_q], self.embeddings[scan_k]
-        matches = match_points(point_mm, query, key, method=self.method, refine=True)
-        score = float(matches.scores[0])
+        """As :meth:`Aligner.align`; score -1 for a match refused, with nan for a point off the body."""
+        matches = self.match(scan_q, point_mm, scan_k)
+        point, score = matches.points_mm[0], float(matches.scores[0])
         if self.max_cycle_mm is not None and score >= self.threshold:
-            error = cycle_error(point_mm, query, key, matches=matches, method=self.method, refine=True)
-            score = score if error[0] <= self.max_cycle_mm else REFUSED
-        return Match(matches.points_mm[0], score)
+            back = self.match(scan_k, point, scan_q).points_mm[0]
+            near = np.linalg.norm(back - point_mm) <= self.max_cycle_mm  # False for nan
+            score = score if near else REFUSED
+        return Match(point, score)
+
+    def match(self, scan_q: str, points_mm: np.ndarray, scan_k: str) -> Matches:
+        """Many points (N, 3) at once; every match is given with its score, however low."""
+        query, key = self.embeddings[scan_q], self.embeddings[scan_k]
+        if not self.consensus:
+            return match_points(points_mm, query, key, method=self.method, refine=True)
+        points = np.atleast_2d(np.asarray(points_mm, dtype=float))
+        pair = self.pair_map(scan_q, scan_k)
+        if pair.support < self.min_support:
+            return Matches(np.full(points.shape, np.nan), np.full(len(points), REFUSED))
+        return match_near(points, pair(points), query, key)
+
+    def _open(self) -> None:
+        self.pair_map = functools.lru_cache(self.max_pairs)(self._fit)
+        self._cells = functools.lru_cache(16)(lambda name: body_cells(self.embeddings[name]))
+
+    def _fit(self, scan_q: str, scan_k: str) -> PairMap:
+        return fit_pair_map(self._cells(scan_q), self._cells(scan_k))
 
 
 class Calibration(NamedTuple):
@@ -260,7 +297,7 @@ class Calibration(NamedTuple):
 
 
 def calibrate_threshold(
-    embeddings: EmbeddingFolder,
+    aligner: SamAligner,
     scans: Any,
     names: Sequence[str],
     *,
@@ -273,7 +310,7 @@ def calibrate_threshold(
     """The score at which enough matches between held-back scans come back to where they started (spec 1.8).
 
     Args:
-        embeddings: of the scans.
+        aligner: whose scores they are; its own threshold plays no part.
         scans: bodies, to draw points from.
         names: scans held back from training, two at least.
         num_pairs: ordered pairs to draw.
@@ -296,10 +333,10 @@ def calibrate_threshold(
         name_q, name_k = (names[i] for i in rng.choice(len(names), 2, replace=False))
         voxels = scans.body_voxels(name_q)
         points = to_world(scans.affine(name_q), voxels[rng.integers(len(voxels), size=num_points)])
-        query, key = embeddings[name_q], embeddings[name_k]
-        matches = match_points(points, query, key, method="fast", refine=True)
-        scores.append(matches.scores)
-        errors.append(cycle_error(points, query, key, matches=matches, method="fast", refine=True))
+        there = aligner.match(name_q, points, name_k)
+        back = aligner.match(name_k, there.points_mm, name_q)
+        scores.append(there.scores)
+        errors.append(np.nan_to_num(np.linalg.norm(back.points_mm - points, axis=1), nan=np.inf))
     score, near = np.concatenate(scores), np.concatenate(errors) <= reach_mm
     rows, threshold = [], None
     for candidate in np.arange(0.95, -0.5, -0.025).round(3):
@@ -330,29 +367,32 @@ def make_aligner(
     """An aligner by its name in the config.
 
     Args:
-        name: coordinate, random, affine or sam.
+        name: coordinate, random, affine, sam; or sam_nearest, which is sam by single matches, as its authors do.
         scans: the ``VolumeStore``.
-        embeddings: folder that ``alice embed`` wrote; for sam only.
+        embeddings: folder that ``alice embed`` wrote; for sam and sam_nearest.
         threshold: see :class:`SamAligner`.
         max_cycle_mm: see :class:`SamAligner`.
 
     Raises:
         ValueError: naming the ones there are, or what sam needs.
     """
-    logger.info("Pairs are aligned by %s.", {"sam": f"sam, with embeddings in {embeddings}"}.get(name, name))
-    if name == "sam":
+    by_sam = name in ("sam", "sam_nearest")
+    logger.info("Pairs are aligned by %s.", f"{name}, with embeddings in {embeddings}" if by_sam else name)
+    if by_sam:
         if embeddings is None:
             store = getattr(scans, "path", "STORE")
             raise ValueError(
-                f"aligner 'sam' needs the scans' embeddings. Make them with: alice embed {store} EMBEDDINGS, and give "
+                f"aligner {name!r} needs the scans' embeddings. Make them with: alice embed {store} EMBEDDINGS, and give "
                 "that folder; or take aligner 'coordinate', which needs none."
             )
-        return SamAligner(scans, embeddings, threshold, max_cycle_mm=max_cycle_mm)
+        return SamAligner(scans, embeddings, threshold, max_cycle_mm=max_cycle_mm, consensus=name == "sam")
     makers: dict[str, Any] = {
         "coordinate": CoordinateAligner,
         "random": RandomAligner,
         "affine": AffineAligner,
     }
     if name not in makers:
-        raise ValueError(f"aligner must be one of {', '.join([*makers, 'sam'])}; got {name!r}.")
+        raise ValueError(
+            f"aligner must be one of {', '.join([*makers, 'sam', 'sam_nearest'])}; got {name!r}."
+        )
     return makers[name](scans)

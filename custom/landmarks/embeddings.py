@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from custom.data.body import body_mask
 from custom.data.scans import Scan, list_scans
+from custom.data.profiles import require_ct
 from custom.data.store import VolumeStore, sha256_of_file, write_text
 from custom.landmarks.geometry import to_voxels
 from custom.landmarks.matching import Lattice, coarse_norm, flat_index, lattice_weights, make_lattice, pool
@@ -265,6 +266,12 @@ class StoredEmbedding:
         norm = self._section("pooled_norm").astype(np.float32)
         return make_lattice(self.coarse, self.grid, 2, ~used, dot, norm)
 
+    @property
+    def pooled_rows(self) -> NDArray[np.float32]:
+        """(cells of 8 mm that hold body, C), of length 1."""
+        rows: NDArray[np.float32] = self._section("pooled") / self._section("pooled_length")[:, None]
+        return rows
+
     def fine_vectors(self, cells_zyx: NDArray[np.int_]) -> NDArray[np.float32]:
         """(N, C), of length 1, of cells (N, 3) in the body."""
         vectors = self._fine_steps(flat_index(cells_zyx, self.grid))
@@ -332,6 +339,7 @@ class EmbeddingFolder:
     Attributes:
         weights_sha256: of the network that made them all.
         threshold: score below which its matches are not to be used, if it was calibrated.
+        profile: of the intensities they were made from.
     """
 
     def __init__(self, path: str | Path, *, max_open: int = 64) -> None:
@@ -339,6 +347,7 @@ class EmbeddingFolder:
         index = read_folder_index(self.path)
         self.weights_sha256: str = index["weights_sha256"]
         self.threshold: float | None = index.get("threshold")
+        self.profile: str = index.get("profile", "ct")  # before profiles, all were of CT
         self._open = functools.lru_cache(maxsize=max_open)(self._open_file)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -362,6 +371,11 @@ class EmbeddingFolder:
         Raises:
             EmbeddingError: naming the first such scans and the way out.
         """
+        if self.profile != store.profile:
+            raise EmbeddingError(
+                f"{self.path}: made from intensities of profile {self.profile!r}, {store.path} holds {store.profile!r}. "
+                f"Embed the store's scans: alice embed {store.path} EMBEDDINGS"
+            )
         wrong = []
         for name in names if names is not None else store.names:
             if not embedding_path(self.path, name).is_file():
@@ -396,6 +410,7 @@ def embed_store(
     slab: int = 32,
     overwrite: bool = False,
     progress: bool = True,
+    allow_profile: bool = False,
 ) -> list[Saved]:
     """Embed every volume of a store: ``<out>/<name>.sam``. What is there already, and fits, is kept.
 
@@ -410,14 +425,17 @@ def embed_store(
         slab: see :func:`custom.landmarks.sam.embed_scan`.
         overwrite: replace what was made with other weights or from other voxels.
         progress: show a bar.
+        allow_profile: embed a store of another profile than ct, which SAM was not trained on.
 
     Returns:
         What was written in this call.
 
     Raises:
+        ProfileError: for a store of another profile, unless allowed.
         EmbeddingError: if the folder holds embeddings made with other weights, or of a scan that has changed,
             and ``overwrite`` is False.
     """
+    require_ct(store.profile, store.path, "SAM", allow_profile)
     chosen = list(names) if names is not None else store.names
     sources = {name: store.records[name].voxels_sha256 for name in chosen}
 
@@ -425,7 +443,17 @@ def embed_store(
         return store.read_crop(name, (0, 0, 0), store.shape(name)), store.affine(name)
 
     return _embed_all(
-        model, weights_sha256, sources, read, Path(out), threshold, fine_bits, slab, overwrite, progress
+        model,
+        weights_sha256,
+        sources,
+        read,
+        Path(out),
+        threshold,
+        fine_bits,
+        slab,
+        overwrite,
+        progress,
+        store.profile,
     )
 
 
@@ -514,6 +542,7 @@ def _embed_all(
     slab: int,
     overwrite: bool,
     progress: bool,
+    profile: str = "ct",
 ) -> list[Saved]:
     if (out / INDEX).is_file() and not overwrite:
         made = read_folder_index(out)
@@ -521,6 +550,11 @@ def _embed_all(
             raise EmbeddingError(
                 f"{out}: made with weights {made['weights_sha256'][:12]}, now {weights_sha256[:12]} are given, and "
                 "their embeddings do not compare. Choose another folder, or overwrite."
+            )
+        if made.get("profile", "ct") != profile:
+            raise EmbeddingError(
+                f"{out}: made from intensities of profile {made.get('profile', 'ct')!r}, now {profile!r} are given. "
+                "Choose another folder."
             )
         threshold = made.get("threshold") if threshold is None else threshold
     todo = [
@@ -533,6 +567,7 @@ def _embed_all(
         "format": FORMAT,
         "weights_sha256": weights_sha256,
         "threshold": threshold,
+        "profile": profile,
         "network": model.settings,
     }
     write_text(out / INDEX, json.dumps(index, indent=1))

@@ -94,6 +94,8 @@ class EmbeddingMap(Protocol):
     def fine_lattice(self) -> Lattice: ...
     @property
     def pooled_lattice(self) -> Lattice: ...
+    @property
+    def pooled_rows(self) -> Array: ...  # (cells of the pooled lattice in the body, C) float32, of length 1
     def fine_vectors(self, cells_zyx: Array) -> Array: ...
     def decode(self) -> ScanEmbedding: ...
 
@@ -115,9 +117,9 @@ class DenseMap:
         rows = np.ascontiguousarray(fine.permute(1, 2, 3, 0).numpy()).reshape(-1, fine.shape[0])
         self._rows = rows
         pooled, _ = pool(rows.reshape(*self.grid, -1), None)
-        pooled_rows = pooled.reshape(-1, pooled.shape[-1])
+        self.pooled_rows: Array = pooled.reshape(-1, pooled.shape[-1])
         self.fine_lattice = make_lattice(self.coarse, self.grid, 1, None, dot_of(rows))
-        self.pooled_lattice = make_lattice(self.coarse, self.grid, 2, None, dot_of(pooled_rows))
+        self.pooled_lattice = make_lattice(self.coarse, self.grid, 2, None, dot_of(self.pooled_rows))
 
     def fine_vectors(self, cells_zyx: Array) -> Array:
         """(N, C) of cells (N, 3)."""
@@ -172,7 +174,7 @@ def match_points(
             "embed both scans with the same network."
         )
 
-    cells, inside = _query_cells(points, map_q)
+    cells, inside = query_cells(points, map_q)
     found_mm, scores = np.full(points.shape, np.nan), np.full(len(points), REFUSED)
     if not inside.any():
         return Matches(found_mm, scores)
@@ -263,7 +265,7 @@ def structural_match(
     map_q, map_k = prepare(embedding_q), prepare(embedding_k)
     plain = match_points(points, map_q, map_k, method=method)
     found, scores, support = plain.points_mm.copy(), plain.scores.copy(), np.zeros(len(points), np.int64)
-    cells, inside = _query_cells(points, map_q)
+    cells, inside = query_cells(points, map_q)
     for i in np.flatnonzero(inside):
         around = np.indices((2 * reach + 1,) * 3).reshape(3, -1).T - reach + cells[i]
         around = around[((around >= 0) & (around < map_q.grid)).all(axis=1)]
@@ -382,11 +384,22 @@ class _Search:
         )
 
     def _totals(self, flat: Array) -> Array:
-        """Similarities of fine cells, the coarse part interpolated at these cells alone."""
-        cells = np.unravel_index(flat, self.target.grid)
-        lattice = self.target.fine_lattice
-        coarse = interpolate_at(self.coarse_similarity, lattice.weights, cells) * lattice.inverse_norm[flat]
-        return 0.5 * (lattice.dot(flat, self.vector) + coarse)
+        return similarities(self.target, flat, self.vector, self.coarse_similarity)
+
+
+def similarities(target: EmbeddingMap, flat: Array, vector: Array, coarse_similarity: Array) -> Array:
+    """Similarities of some fine cells, the coarse part interpolated at these cells alone.
+
+    Args:
+        target: the scan searched.
+        flat: (n,) flat indices of fine cells in the body.
+        vector: (C,) fine vector asked for.
+        coarse_similarity: (z, y, x) of its coarse vector to all coarse cells.
+    """
+    cells = np.unravel_index(flat, target.grid)
+    lattice = target.fine_lattice
+    coarse = interpolate_at(coarse_similarity, lattice.weights, cells) * lattice.inverse_norm[flat]
+    return 0.5 * (lattice.dot(flat, vector) + coarse)
 
 
 def branch_and_bound(
@@ -480,7 +493,7 @@ def inside_grid(points_mm: Array, target: EmbeddingMap) -> Array:
     return finite & np.all(inside, axis=1)
 
 
-def _query_cells(points_mm: Array, source: EmbeddingMap) -> tuple[Array, Array]:
+def query_cells(points_mm: Array, source: EmbeddingMap) -> tuple[Array, Array]:
     """Fine cells (N, 3) that hold the points, and which points lie inside of grid and body."""
     inside = inside_grid(points_mm, source)
     cells = np.floor(world_to_cell(np.where(inside[:, None], points_mm, 0.0), source.affine, "fine") + 0.5)

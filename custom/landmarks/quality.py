@@ -21,7 +21,7 @@ from custom.data.pairs import window
 from custom.data.phantom import read_canonical
 from custom.data.phantom_correspondence import find_places
 from custom.data.store import VolumeStore, sha256_of_array, volume_path, write_array, write_index
-from custom.evaluation.metrics import write_rows
+from custom.evaluation.rows import write_rows
 from custom.landmarks.aligners import Aligner
 from custom.landmarks.geometry import to_voxels, to_world
 from custom.report import Page

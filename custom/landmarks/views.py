@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from custom.data.phantom import read_canonical
+from custom.data.profiles import require_ct
 from custom.data.store import VolumeStore
 from custom.landmarks.geometry import to_voxels, to_world
 from custom.landmarks.sam import CENTRES_ZYX, SPACING_MM, STRIDES_ZYX, Level, hu_to_units
@@ -116,6 +117,7 @@ class ViewPairs(Dataset):
             raise ValueError(
                 f"View settings out of range: {jitter=}, {across=}, {rotation=}, {contrast=}, {blur=}, {noise=}."
             )
+        require_ct(getattr(store, "profile", "ct"), store.path, "SAM")  # whose input is HU
         if any(abs(s - SPACING_MM) > 1e-3 for s in store.spacing):
             raise ValueError(
                 f"{store.path}: has voxels of {store.spacing} mm; SAM sees 2 mm. Choose another store_dir."

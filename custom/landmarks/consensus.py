@@ -1,0 +1,240 @@
+"""One smooth map between two scans that many of their matches agree on, and points found near what it says.
+
+A single best match may be far off: left for right, one vertebra for the next. A few hundred of them, weighed by
+whether they come back, agree on an affine map (as SAM-affine of the same authors does: SAME, spec 2.5) and on how it
+bends. A point is then looked for near where that map takes it. The bending and the search near it are ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from custom.landmarks.matching import (
+    REFUSED,
+    EmbeddingMap,
+    Matches,
+    Searchable,
+    coarse_vectors,
+    flat_index,
+    inside_grid,
+    interpolate_at,
+    prepare,
+    query_cells,
+    similarities,
+)
+from custom.landmarks.sam import cell_to_world, world_to_cell
+
+Array = NDArray[Any]
+
+ANCHORS = 512  # cells of Q that are matched (ours; 256 lose a millimetre, 1,024 win a quarter of one)
+CYCLE_MM = 16.0  # a match that comes back so far off counts half (two cells of 8 mm; ours)
+AGREE_MM = 20.0  # a match this near to the affine map supports it (ours)
+BEND_MM = 60.0  # over which the bending varies (ours)
+BEND_SIZE_MM, BEND_NOISE_MM = 20.0, 30.0  # how large it may be, and how far single matches scatter (ours)
+NEAR_MM = 8.0  # how far from the map a point may well lie (standard deviation; ours)
+REACH_MM = 36.0  # and how far it is looked for
+SHARPNESS = 0.03  # differences of similarity that count as much as one standard deviation of nearness (ours)
+
+
+class BodyCells(NamedTuple):
+    """A scan's cells of 8 mm that hold body.
+
+    Attributes:
+        vectors: (n, 2C) float32; the product of two is the mean of their fine and coarse similarity.
+        points_mm: (n, 3), their middles.
+    """
+
+    vectors: Array
+    points_mm: Array
+
+
+class PairMap(NamedTuple):
+    """Where the anatomy of scan Q lies in scan K: an affine map and a smooth bending of it.
+
+    Attributes:
+        matrix: (3, 3).
+        middle_q, middle_k: (3,) mm; ``matrix`` turns about them.
+        anchors_mm: (n, 3) of Q, where the bending is known.
+        pull: (n, 3), what each anchor adds, times its nearness.
+        support: share of matches that agree with the affine map to 20 mm: next to none where two scans have no
+            anatomy in common.
+    """
+
+    matrix: Array
+    middle_q: Array
+    middle_k: Array
+    anchors_mm: Array
+    pull: Array
+    support: float
+
+    def __call__(self, points_mm: Array) -> Array:
+        """(N, 3) mm of K for (N, 3) mm of Q."""
+        points = np.asarray(points_mm, dtype=float)
+        return self._affine(points) + _nearness(points, self.anchors_mm) @ self.pull
+
+    def _affine(self, points: Array) -> Array:
+        return (points - self.middle_q) @ self.matrix.T + self.middle_k
+
+
+def body_cells(embedding: Searchable) -> BodyCells:
+    """The cells that :func:`fit_pair_map` matches."""
+    scan = prepare(embedding)
+    lattice = scan.pooled_lattice
+    flat = (
+        np.arange(int(np.prod(lattice.grid))) if lattice.outside is None else np.flatnonzero(~lattice.outside)
+    )
+    cells = np.stack(np.unravel_index(flat, lattice.grid), axis=-1)
+    coarse = interpolate_at(scan.coarse, lattice.weights, tuple(cells.T))
+    coarse /= np.maximum(np.linalg.norm(coarse, axis=1, keepdims=True), 1e-12)
+    first = 2 * cells
+    middles = 0.5 * (first + np.minimum(first + 2, scan.grid) - 1)
+    vectors = np.concatenate([scan.pooled_rows, coarse], axis=1) * np.float32(np.sqrt(0.5))
+    return BodyCells(vectors.astype(np.float32), cell_to_world(middles, scan.affine, "fine"))
+
+
+def fit_pair_map(cells_q: BodyCells, cells_k: BodyCells, *, anchors: int = ANCHORS) -> PairMap:
+    """The map that the matches of two scans agree on.
+
+    Evenly drawn cells of Q are matched to K and back. The affine map is fitted by re-weighted least squares (Cauchy's
+    weights, slightly held to the identity), what is left by Gaussian process regression with robust noise.
+
+    Args:
+        cells_q: of the scan that is asked.
+        cells_k: of the other.
+        anchors: cells of Q to match.
+
+    Returns:
+        The map; ask its ``support`` before trusting it.
+    """
+    order = np.random.default_rng(0).permutation(len(cells_q.vectors))[:anchors]
+    points_q = cells_q.points_mm[order]
+    there = (cells_q.vectors[order] @ cells_k.vectors.T).argmax(axis=1)
+    back = (cells_k.vectors[there] @ cells_q.vectors.T).argmax(axis=1)
+    points_k = cells_k.points_mm[there]
+    cycle_mm = np.linalg.norm(cells_q.points_mm[back] - points_q, axis=1)
+    trust = 1 / (1 + (cycle_mm / CYCLE_MM) ** 2)
+
+    matrix, middle_q, middle_k = robust_affine(points_q, points_k, trust)
+    left = points_k - (points_q - middle_q) @ matrix.T - middle_k
+    support = float((np.linalg.norm(left, axis=1) < AGREE_MM).mean())
+    pull = bend(points_q, left, trust)
+    return PairMap(matrix, middle_q, middle_k, points_q, pull, support)
+
+
+def robust_affine(points_q: Array, points_k: Array, trust: Array) -> tuple[Array, Array, Array]:
+    """Affine map between matched points of which many are wrong.
+
+    Args:
+        points_q: (n, 3) mm.
+        points_k: (n, 3) mm, where they were found.
+        trust: (n,) weights.
+
+    Returns:
+        (3, 3) matrix and the two points about which it turns.
+    """
+    shift = points_k - points_q
+    typical = np.median(shift[trust >= np.median(trust)], axis=0)
+    weight = trust / (1 + (np.linalg.norm(shift - typical, axis=1) / 60.0) ** 2)
+    held = 200.0 * np.eye(3)  # mm^2: as if the points spread by 14 mm more, unchanged (ours)
+    matrix, middle_q, middle_k = np.eye(3), points_q.mean(axis=0), points_k.mean(axis=0)
+    for _ in range(30):
+        share = weight / weight.sum()
+        middle_q, middle_k = share @ points_q, share @ points_k
+        from_q, from_k = points_q - middle_q, points_k - middle_k
+        weighed = share[:, None] * from_q
+        matrix = np.linalg.solve(from_q.T @ weighed + held, weighed.T @ from_k + held).T
+        off = np.linalg.norm(from_k - from_q @ matrix.T, axis=1)
+        weight = trust / (1 + (off / max(12.0, float(np.median(off)))) ** 2)
+    return matrix, middle_q, middle_k
+
+
+def bend(anchors_mm: Array, left_mm: Array, trust: Array) -> Array:
+    """Gaussian process regression of what an affine map leaves, with noise that grows with the misfit.
+
+    Args:
+        anchors_mm: (n, 3).
+        left_mm: (n, 3), displacements.
+        trust: (n,) weights.
+
+    Returns:
+        (n, 3): a point's displacement is its nearness to the anchors times this.
+    """
+    alike = _nearness(anchors_mm, anchors_mm)
+    weight, pull = trust, np.zeros_like(left_mm)
+    for _ in range(4):
+        noise = np.diag(BEND_NOISE_MM**2 / np.maximum(weight, 1e-3))
+        pull = np.linalg.solve(alike + noise, left_mm)
+        off = np.linalg.norm(left_mm - alike @ pull, axis=1)
+        weight = trust / (1 + (off / 15.0) ** 2)
+    return pull
+
+
+def match_near(
+    points_mm: ArrayLike, expected_mm: ArrayLike, embedding_q: Searchable, embedding_k: Searchable
+) -> Matches:
+    """Find points near where they are expected.
+
+    The answer is the mean of all fine cells within reach, weighed by similarity and nearness, plus what the point
+    lies off its own cell's middle.
+
+    Args:
+        points_mm: (N, 3) world mm, of scan Q.
+        expected_mm: (N, 3) world mm, of scan K.
+        embedding_q: of the scan that holds the points.
+        embedding_k: of the scan to search.
+
+    Returns:
+        Points and scores, as :func:`custom.landmarks.matching.match_points`; refused (nan, -1) are points off Q's body
+        and points expected off K's.
+    """
+    points, expected = (np.atleast_2d(np.asarray(p, dtype=float)) for p in (points_mm, expected_mm))
+    map_q, map_k = prepare(embedding_q), prepare(embedding_k)
+    cells, inside = query_cells(points, map_q)
+    inside &= inside_grid(expected, map_k)
+    found, scores = np.full(points.shape, np.nan), np.full(len(points), REFUSED)
+    asked = np.flatnonzero(inside)
+    if not len(asked):
+        return Matches(found, scores)
+    fine, coarse = map_q.fine_vectors(cells[asked]), coarse_vectors(map_q, cells[asked])
+    coarse_similarity = coarse @ map_k.coarse.reshape(-1, map_k.coarse.shape[-1]).T
+    off_middle = points[asked] - cell_to_world(cells[asked], map_q.affine, "fine")
+    for row, i in enumerate(asked):
+        around = _cells_near(expected[i], map_k)
+        if not len(around):
+            continue
+        total = similarities(
+            map_k,
+            flat_index(around, map_k.grid),
+            fine[row],
+            coarse_similarity[row].reshape(map_k.coarse.shape[:3]),
+        )
+        places = cell_to_world(around, map_k.affine, "fine")
+        likely = total / SHARPNESS - ((places - expected[i]) ** 2).sum(axis=1) / (2 * NEAR_MM**2)
+        share = np.exp(likely - likely.max())
+        found[i] = share @ places / share.sum() + off_middle[row]
+        scores[i] = total[likely.argmax()]
+    return Matches(found, scores)
+
+
+def _cells_near(point_mm: Array, scan: EmbeddingMap) -> Array:
+    """Fine cells (n, 3) of the body in a box about a point; none if the point lies far off the body."""
+    middle = world_to_cell(point_mm, scan.affine, "fine")
+    reach = REACH_MM / np.linalg.norm(
+        cell_to_world(np.eye(3), scan.affine, "fine") - cell_to_world(np.zeros(3), scan.affine, "fine"),
+        axis=1,
+    )
+    low = np.maximum(np.floor(middle - reach), 0).astype(int)
+    high = np.minimum(np.ceil(middle + reach) + 1, scan.grid).astype(int)
+    axes = [np.arange(a, b) for a, b in zip(low, high, strict=True)]
+    cells = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    return cells if scan.body is None else cells[scan.body[tuple(cells.T)]]
+
+
+def _nearness(points: Array, anchors: Array) -> Array:
+    """(N, n) covariances of the bending, mm^2."""
+    squared = (points**2).sum(1)[:, None] + (anchors**2).sum(1) - 2 * points @ anchors.T
+    near: Array = BEND_SIZE_MM**2 * np.exp(-np.maximum(squared, 0) / (2 * BEND_MM**2))
+    return near

@@ -1,0 +1,129 @@
+"""Consensus of matches: a known map is recovered from matches of which many are wrong, and strangers are told apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_matching import waves
+
+from custom.landmarks.consensus import PairMap, body_cells, fit_pair_map, match_near, robust_affine
+from custom.landmarks.matching import match_points
+from custom.landmarks.sam import STRIDES_ZYX, ScanEmbedding, cell_to_world
+
+SHAPE = (96, 80, 64)  # voxels of 2 mm along x, y, z
+AFFINE = np.diag([-2.0, -2.0, 2.0, 1.0])
+MIDDLE_MM = (AFFINE @ np.array([*(np.array(SHAPE) / 2 - 0.5), 1.0]))[:3]
+TURN = np.array([[0.98, -0.12, 0.0], [0.12, 0.98, 0.05], [0.0, -0.05, 1.06]])
+SHIFT_MM = np.array([4.0, -3.0, 2.0])
+
+
+def across(points_mm: np.ndarray) -> np.ndarray:
+    """The known way from Q to K: turned, stretched, shifted and bent a little."""
+    from_middle = points_mm - MIDDLE_MM
+    bent = 3.0 * np.sin(from_middle[:, [2, 0, 1]] / 30.0)
+    return from_middle @ TURN.T + SHIFT_MM + MIDDLE_MM + bent
+
+
+def embedding(there: bool, noise: float = 0.0, seed: int = 3) -> ScanEmbedding:
+    """Vectors that are a function of the place in Q; of K, they lie where ``across`` takes them (by a few iterations)."""
+    maps = []
+    rng = np.random.default_rng(11 if there else 12)
+    for level, stride in STRIDES_ZYX.items():
+        grid = tuple(-(-n // s) for n, s in zip(SHAPE[::-1], stride, strict=True))
+        cells = np.indices(grid).reshape(3, -1).T
+        points = cell_to_world(cells, AFFINE, level)
+        places = points.copy()
+        if there:
+            for _ in range(20):
+                places += points - across(places)
+        vectors = waves(places, 16, [15.0, 30.0] if level == "fine" else [60.0, 90.0], seed=seed + len(level))
+        vectors = vectors + noise * rng.standard_normal(vectors.shape) / 4
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        maps.append(torch.from_numpy(vectors.reshape(*grid, 16).astype(np.float32)).permute(3, 0, 1, 2))
+    return ScanEmbedding(maps[0], maps[1], AFFINE, SHAPE)
+
+
+def some_points(count: int = 150) -> np.ndarray:
+    rng = np.random.default_rng(5)
+    return MIDDLE_MM + rng.uniform(-45, 45, (count, 3))
+
+
+@pytest.fixture(scope="module")
+def scans() -> tuple[ScanEmbedding, ScanEmbedding]:
+    return embedding(False, 1.2), embedding(True, 1.2)
+
+
+@pytest.fixture(scope="module")
+def pair(scans) -> PairMap:
+    return fit_pair_map(body_cells(scans[0]), body_cells(scans[1]))
+
+
+def test_an_affine_map_is_found_among_as_many_wrong_matches():
+    rng = np.random.default_rng(0)
+    points = rng.uniform(-100, 100, (300, 3))
+    found = points @ TURN.T + SHIFT_MM + rng.normal(0, 2, points.shape)
+    found[:150] = rng.uniform(-150, 150, (150, 3))
+    matrix, middle_q, middle_k = robust_affine(points, found, np.ones(300))
+    error = (points - middle_q) @ matrix.T + middle_k - points @ TURN.T - SHIFT_MM
+    assert np.linalg.norm(error, axis=1).max() < 3.0
+    plain = np.linalg.lstsq(np.c_[points, np.ones(300)], found, rcond=None)[0]
+    assert np.linalg.norm(np.c_[points, np.ones(300)] @ plain - points @ TURN.T - SHIFT_MM, axis=1).max() > 20
+
+
+def test_the_map_is_nearer_than_single_matches_where_many_are_wrong(scans, pair):
+    points = some_points()
+    truth = across(points)
+    single = np.linalg.norm(
+        match_points(points, *scans, method="exact", refine=True).points_mm - truth, axis=1
+    )
+    mapped = np.linalg.norm(pair(points) - truth, axis=1)
+    assert pair.support > 0.5
+    assert mapped.mean() < 0.7 * single.mean(), (mapped.mean(), single.mean())
+
+
+def test_the_search_near_the_map_is_nearer_than_the_map():
+    query, key = embedding(False, 0.3), embedding(True, 0.3)
+    points = some_points()
+    truth = across(points)
+    expected = truth + np.array([5.0, -4.0, 3.0])
+    matches = match_near(points, expected, query, key)
+    assert np.linalg.norm(matches.points_mm - truth, axis=1).mean() < 3.5
+    assert (matches.scores > 0.5).all()
+
+
+def test_bending_is_followed_where_an_affine_map_cannot(scans, pair):
+    points = some_points()
+    straight = (points - pair.middle_q) @ pair.matrix.T + pair.middle_k
+    truth = across(points)
+    assert (
+        np.linalg.norm(pair(points) - truth, axis=1).mean() < np.linalg.norm(straight - truth, axis=1).mean()
+    )
+
+
+def test_strangers_do_not_agree(scans):
+    stranger = embedding(True, 1.2, seed=77)
+    assert fit_pair_map(body_cells(scans[0]), body_cells(stranger)).support < 0.2
+
+
+def test_the_pooled_cells_compare_as_whole_similarities(scans):
+    cells = body_cells(scans[0])
+    np.testing.assert_allclose(np.linalg.norm(cells.vectors, axis=1), 1.0, atol=1e-5)
+    assert len(cells.points_mm) == 16 * 20 * 24
+    nearest = np.linalg.norm(cells.points_mm - MIDDLE_MM, axis=1).min()
+    assert nearest <= np.sqrt(3) * 4 + 1e-6
+
+
+def test_points_off_either_scan_are_refused(scans):
+    inside = MIDDLE_MM[None]
+    off_q = match_near(np.full((1, 3), 1e4), inside, *scans)
+    off_k = match_near(inside, np.full((1, 3), 1e4), *scans)
+    for matches in (off_q, off_k):
+        assert matches.scores[0] == -1
+        assert np.isnan(matches.points_mm).all()
+
+
+def test_a_point_is_found_exactly_in_its_own_scan(scans):
+    points = some_points(40)
+    matches = match_near(points, points, scans[0], scans[0])
+    assert np.linalg.norm(matches.points_mm - points, axis=1).max() < 2.0
