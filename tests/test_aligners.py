@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from test_matching import waves
 
+from custom import cli
 from custom.data.pairs import PairDataset, pair_loader
 from custom.data.store import VolumeStore
 from custom.landmarks.aligners import (
@@ -20,7 +22,8 @@ from custom.landmarks.aligners import (
 )
 from custom.landmarks.embeddings import EmbeddingError, EmbeddingFolder, embed_store
 from custom.landmarks.geometry import to_world
-from custom.landmarks.sam import CENTRES_ZYX, STRIDES_ZYX, SAMMaps
+from custom.landmarks.sam import CENTRES_ZYX, SAM, STRIDES_ZYX, SAMMaps
+from custom.landmarks.weights import save_sam
 
 WEIGHTS = "a" * 64
 
@@ -135,6 +138,28 @@ def test_a_threshold_is_calibrated_where_matches_come_back(store, embeddings):
     assert impossible.threshold is None
     with pytest.raises(ValueError, match="two scans"):
         calibrate_threshold(SamAligner(store, embeddings), store, ["case0"])
+
+
+def test_calibrate_keeps_the_score_with_embeddings_and_weights(store, embeddings, tmp_path, capsys):
+    folder = tmp_path / "embeddings"
+    shutil.copytree(embeddings.path, folder)
+    cli.calibrate(str(store.path), str(folder), "case", pairs=6, points=15, share=0.2)
+    kept = EmbeddingFolder(folder).threshold
+    assert kept is not None and f"threshold {kept}" in capsys.readouterr().out
+    assert SamAligner(store, folder).threshold == kept
+    with pytest.raises(ValueError, match="nothing was kept"):
+        cli.calibrate(str(store.path), str(folder), "case", pairs=2, points=5, share=1.01)
+    assert EmbeddingFolder(folder).threshold == kept
+    torch.manual_seed(0)
+    save_sam(tmp_path / "other.safetensors", SAM(4, 8), {})
+    with pytest.raises(ValueError, match="other weights"):
+        cli.calibrate(str(store.path), str(folder), "case", weights=str(tmp_path / "other.safetensors"))
+
+
+def test_scans_without_common_anatomy_are_refused_whatever_their_scores(store, embeddings):
+    aligner = SamAligner(store, embeddings, -0.5, min_support=1.01)
+    matches = aligner.match("case0", body_point(store, "case0")[None], "case1")
+    assert matches.scores[0] == -1 and np.isnan(matches.points_mm).all()
 
 
 @pytest.mark.slow  # ITK takes most of a minute to load on a busy machine

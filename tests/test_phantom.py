@@ -16,6 +16,7 @@ from custom.data.phantom import (
     read_canonical,
     write_cohort,
 )
+from custom.data.phantom_shapes import BTCV_ORGANS
 
 SEEDS = (0, 1, 2, 3)
 VOLUMES_ML = {  # loose: the adult ranges of the specification, wider where thin organs meet 4 mm voxels
@@ -288,3 +289,22 @@ def test_names_follow_flare22():
     assert len(FLARE_ORGANS) == 13
     assert (FLARE_ORGANS[0], FLARE_ORGANS[1], FLARE_ORGANS[12]) == ("liver", "right kidney", "left kidney")
     assert len(PHASES) == 4
+
+
+def test_btcv_labels_are_the_same_organs_in_btcvs_order(tmp_path):
+    flare, btcv = (make_phantom(4, size="small", labels=labels) for labels in ("flare22", "btcv"))
+    np.testing.assert_array_equal(flare.image, btcv.image)
+    for value, organ in enumerate(BTCV_ORGANS, start=1):
+        if organ in FLARE_ORGANS:
+            same = flare.label == FLARE_ORGANS.index(organ) + 1
+            np.testing.assert_array_equal(btcv.label == value, same, err_msg=organ)
+    veins = btcv.label == BTCV_ORGANS.index("portal and splenic veins") + 1
+    assert veins.any() and not flare.label[veins].any()
+    (image,) = write_cohort(tmp_path, 1, 4, size="small", labels="btcv")
+    assert image == tmp_path / "imagesTr" / "img0001.nii.gz"
+    assert (tmp_path / "labelsTr" / "label0001.nii.gz").exists()
+    assert (tmp_path / "canonical" / "img0001.npz").exists()
+    with pytest.raises(ValueError, match="holds other files"):
+        write_cohort(tmp_path, 1, 4, size="small")
+    with pytest.raises(ValueError, match="labels"):
+        make_phantom(4, size="small", labels="totalsegmentator")

@@ -12,6 +12,7 @@ import torch
 from conftest import REPO, write_scan
 from ignite.engine import Events
 from monai.bundle import ConfigParser
+from monai.handlers import CheckpointLoader, CheckpointSaver
 from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 
@@ -35,7 +36,7 @@ from custom.landmarks.views import (
     see,
     training_names,
 )
-from custom.landmarks.weights import load_sam_weights, read_sam_metadata, save_sam
+from custom.landmarks.weights import load_sam_weights, note_in_weights, read_sam_metadata, save_sam
 from custom.preflight import check_keys
 
 BUNDLE = REPO / "bundles" / "sam_landmarks"
@@ -392,6 +393,32 @@ def test_batch_norm_keeps_its_statistics_from_the_step_asked_for(two_mm):
     assert set(trainer.state.output) == {"loss", "total", "fine", "coarse", "joint", "error_mm", "grad_norm"}
 
 
+def test_a_run_goes_on_from_a_checkpoint_to_the_bit(two_mm, tmp_path):
+    def parts(trainer):
+        return {
+            "network": trainer.network,
+            "loss": trainer.loss,
+            "optimizer": trainer.optimizer,
+            "trainer": trainer,
+        }
+
+    whole = tiny_trainer(two_mm, steps=4)
+    CheckpointSaver(str(tmp_path), parts(whole), epoch_level=False, save_interval=2).attach(whole)
+    whole.run()
+    resumed = tiny_trainer(two_mm, steps=4)
+    with torch.no_grad():
+        for weight in resumed.network.parameters():
+            weight.add_(1.0)  # so that what is equal at the end came from the file
+    path = str(next(tmp_path.glob("*iteration=2.pt")))
+    CheckpointLoader(path, parts(resumed))(resumed)  # as the YAML does
+    resumed.run()
+    assert resumed.state.iteration == 4
+    for part in ("network", "loss"):
+        one, other = (getattr(t, part).state_dict() for t in (whole, resumed))
+        for name, value in one.items():
+            assert torch.equal(value, other[name]), (part, name)
+
+
 def test_a_run_needs_steps(two_mm):
     with pytest.raises(ValueError, match="iterations must be at least 1"):
         tiny_trainer(two_mm, steps=0)
@@ -419,6 +446,17 @@ def test_saved_weights_load_again_to_half_precision(saved):
     assert exact["sha256"] != metadata["sha256"]
     volume = hu_to_units(torch.randn(1, 1, 9, 21, 25) * 300)
     torch.testing.assert_close(load_sam_weights(path)(volume), network.eval()(volume), atol=0, rtol=0)
+
+
+def test_a_note_leaves_the_tensors_as_they_are(saved):
+    _, path, metadata = saved
+    before = load_sam_weights(path).state_dict()
+    noted = note_in_weights(path, {"threshold": 0.55})
+    assert noted == read_sam_metadata(path) == {**metadata, "threshold": 0.55}
+    for name, value in load_sam_weights(path).state_dict().items():
+        assert torch.equal(value, before[name]), name
+    with pytest.raises(ValueError, match="sha256"):
+        note_in_weights(path, {"sha256": "0" * 64})
 
 
 def rewritten(path, change):

@@ -23,7 +23,7 @@ from custom.data.phantom_correspondence import FoundPoints, find_places
 from custom.data.phantom_imaging import PHASES, acquire
 from custom.data.phantom_pose import draw_pose, sample_knots, spread_knots
 from custom.data.phantom_scan import COVERAGES, add_arms_and_table, place_scan
-from custom.data.phantom_shapes import FLARE_ORGANS, LABEL_OF_TISSUE, Canvas
+from custom.data.phantom_shapes import FLARE_ORGANS, LABEL_OF_TISSUE, ORGANS_OF, Canvas
 from custom.data.phantom_surroundings import paint_surroundings
 
 __all__ = [
@@ -47,7 +47,7 @@ class Phantom(NamedTuple):
 
     Attributes:
         image: int16 (X, Y, Z), HU.
-        label: uint8 (X, Y, Z), 0 or FLARE22's label 1 to 13.
+        label: uint8 (X, Y, Z), 0 or one of the 13 labels asked for.
         canonical: float32 (X, Y, Z, 3), coordinates in mm of every voxel in the body shared by all subjects.
         affine: float64 (4, 4), voxel to world mm (RAS).
     """
@@ -66,6 +66,7 @@ def make_phantom(
     phase: str | None = None,
     coverage: str | None = None,
     size: str = "standard",
+    labels: str = "flare22",
 ) -> Phantom:
     """Make one subject; equal arguments give equal arrays.
 
@@ -78,14 +79,15 @@ def make_phantom(
             for a small one. "full" holds all 13 organs. With both ``shape`` and ``spacing`` given, it only
             says where the scan's middle lies.
         size: "standard", or "small" for tests (3 to 5 mm voxels).
+        labels: "flare22" or "btcv", whose organs the label holds, in whose order.
 
     Returns:
         Image, label, canonical coordinates and affine.
 
     Raises:
-        ValueError: for an unknown phase, coverage or size, a shape below 24 voxels, a spacing not above 0.
+        ValueError: for an unknown phase, coverage, size or labels, a shape below 24 voxels, a spacing not above 0.
     """
-    return _make(seed, shape, spacing, phase, coverage, size)[0]
+    return _make(seed, shape, spacing, phase, coverage, size, labels)[0]
 
 
 def find_canonical(phantom: Phantom, canonical_mm: ArrayLike) -> FoundPoints:
@@ -112,13 +114,14 @@ def write_cohort(
     *,
     size: str = "standard",
     canonical: bool = True,
+    labels: str = "flare22",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
-    """Write ``n`` subjects in the layout of FLARE22; those already complete are left as they are.
+    """Write ``n`` subjects in the layout of FLARE22 or BTCV; those already complete are left as they are.
 
-    Writes ``images/FLARE22_Tr_0001_0000.nii.gz`` (int16 HU), ``labels/FLARE22_Tr_0001.nii.gz`` (uint8),
-    ``canonical/FLARE22_Tr_0001.npz`` (see :func:`read_canonical`, on the same voxels as the image) and
-    ``README.txt``. Phase, field of view, voxel size, body and the order of the files' axes vary.
+    Writes ``images/FLARE22_Tr_0001_0000.nii.gz`` (int16 HU), ``labels/FLARE22_Tr_0001.nii.gz`` (uint8), or
+    ``imagesTr/img0001.nii.gz`` and ``labelsTr/label0001.nii.gz``; ``canonical/FLARE22_Tr_0001.npz`` (or
+    ``img0001.npz``; see :func:`read_canonical`, on the same voxels as the image) and ``README.txt``. Phase, field of view, voxel size, body and the order of the files' axes vary.
 
     Args:
         folder: where to write; made if absent.
@@ -126,29 +129,30 @@ def write_cohort(
         seed: seed of the cohort.
         size: "standard" or "small", see :func:`make_phantom`.
         canonical: whether to write the coordinate maps (about 1 MB each).
+        labels: "flare22" or "btcv": organs, their order, and the files' layout.
         progress: called with (subjects done, n) after each.
 
     Returns:
         Paths of the n images.
 
     Raises:
-        ValueError: if ``n`` is below 1, ``size`` is unknown, or the folder holds a cohort of another seed
-            or size.
+        ValueError: if ``n`` is below 1, ``size`` or ``labels`` is unknown, or the folder holds a cohort of
+            another seed, size or labels.
     """
     if n < 1:
         raise ValueError(f"A cohort needs at least 1 subject, got n={n}.")
     _check_choice("size", size, SIZES)
+    _check_choice("labels", labels, tuple(ORGANS_OF))
     folder = Path(folder)
-    _claim_folder(folder, seed, size)
+    _claim_folder(folder, seed, size, labels)
     images = []
     for index in range(n):
-        name = f"FLARE22_Tr_{index + 1:04d}"
-        image_path = folder / "images" / f"{name}_0000.nii.gz"
-        label_path = folder / "labels" / f"{name}.nii.gz"
-        canonical_path = folder / "canonical" / f"{name}.npz"
+        image_path, label_path, canonical_path = (folder / p for p in _paths(labels, index + 1))
         wanted = [image_path, label_path] + ([canonical_path] if canonical else [])
         if not all(path.exists() for path in wanted):
-            _write_subject(seed, index, size, image_path, label_path, canonical_path if canonical else None)
+            _write_subject(
+                seed, index, size, labels, image_path, label_path, canonical_path if canonical else None
+            )
         images.append(image_path)
         if progress is not None:
             progress(index + 1, n)
@@ -172,9 +176,11 @@ def _make(
     phase: str | None,
     coverage: str | None,
     size: str,
+    labels: str,
 ) -> tuple[Phantom, NDArray[np.float32]]:
     """A phantom and the knots of its map."""
     _check_choice("size", size, SIZES)
+    _check_choice("labels", labels, tuple(ORGANS_OF))
     if phase is not None:
         _check_choice("phase", phase, PHASES)
     if coverage is not None:
@@ -194,7 +200,7 @@ def _make(
     canvas = Canvas(canonical)
     paint_surroundings(canvas, content_rng)
     paint_organs(canvas, content_rng)
-    label = LABEL_OF_TISSUE[canvas.tissue]
+    label = LABEL_OF_TISSUE[labels][canvas.tissue]
     add_arms_and_table(canvas.tissue, affine, isocentre, pose, scan_rng)
     image = acquire(
         canvas.tissue, spacing_mm, phase or drawn_phase, (pose.width_mm + pose.depth_mm) / 2, image_rng
@@ -203,9 +209,15 @@ def _make(
 
 
 def _write_subject(
-    seed: int, index: int, size: str, image_path: Path, label_path: Path, canonical_path: Path | None
+    seed: int,
+    index: int,
+    size: str,
+    labels: str,
+    image_path: Path,
+    label_path: Path,
+    canonical_path: Path | None,
 ) -> None:
-    phantom, map_knots = _make([seed, index], None, None, None, None, size)
+    phantom, map_knots = _make([seed, index], None, None, None, None, size, labels)
     code = np.random.default_rng([seed, index, 1]).choice(ORIENTATIONS, p=[0.34, 0.22] + [0.088] * 5)
     turn = nib.orientations.ornt_transform(
         nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(str(code))
@@ -235,13 +247,24 @@ def _write_atomically(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _claim_folder(folder: Path, seed: int, size: str) -> None:
+def _paths(labels: str, number: int) -> tuple[str, str, str]:
+    """Image, label and canonical map of a subject, relative to the cohort's folder."""
+    if labels == "btcv":
+        name = f"img{number:04d}"
+        return f"imagesTr/{name}.nii.gz", f"labelsTr/label{number:04d}.nii.gz", f"canonical/{name}.npz"
+    name = f"FLARE22_Tr_{number:04d}"
+    return f"images/{name}_0000.nii.gz", f"labels/{name}.nii.gz", f"canonical/{name}.npz"
+
+
+def _claim_folder(folder: Path, seed: int, size: str, labels: str) -> None:
     """Say in README.txt what the folder holds; refuse one that holds another cohort."""
+    image, label, _ = (str(Path(p).parent) + "/" for p in _paths(labels, 1))
+    of = "" if labels == "flare22" else f", labels {labels}"
     text = (
-        f"Synthetic phantoms (not patients): alice phantom, seed {seed}, size {size}.\n\n"
-        "CT-like torsos painted from formulas, in the layout and label order of FLARE22:\n"
-        + "\n".join(f"  {label} {organ}" for label, organ in enumerate(FLARE_ORGANS, start=1))
-        + "\n\nimages/     int16, HU\nlabels/     uint8, 0 is background\n"
+        f"Synthetic phantoms (not patients): alice phantom, seed {seed}, size {size}{of}.\n\n"
+        f"CT-like torsos painted from formulas, in the layout and label order of {labels.upper()}:\n"
+        + "\n".join(f"  {label} {organ}" for label, organ in enumerate(ORGANS_OF[labels], start=1))
+        + f"\n\n{image:<11} int16, HU\n{label:<11} uint8, 0 is background\n"
         "canonical/  coordinates (mm) in the body shared by all subjects: equal coordinates, same place.\n"
         "            Read with custom.data.phantom.read_canonical; same voxels as the image.\n\n"
         "Figures obtained on these files say that software works, and nothing about patients.\n"

@@ -82,17 +82,55 @@ class Tissue(IntEnum):
     TABLE = 43
 
 
-LABEL_OF_TISSUE = np.array([t if t <= Tissue.LEFT_KIDNEY else 0 for t in Tissue], dtype=np.uint8)
-for _part, _organ in (
-    (Tissue.RIGHT_MEDULLA, Tissue.RIGHT_KIDNEY),
-    (Tissue.LEFT_MEDULLA, Tissue.LEFT_KIDNEY),
-    (Tissue.LIVER_VEIN, Tissue.LIVER),
-    (Tissue.ESOPHAGUS_GAS, Tissue.ESOPHAGUS),
-    (Tissue.STOMACH_FLUID, Tissue.STOMACH),
-    (Tissue.STOMACH_GAS, Tissue.STOMACH),
-    (Tissue.DUODENUM_FLUID, Tissue.DUODENUM),
-):
-    LABEL_OF_TISSUE[_part] = _organ
+BTCV_ORGANS = (
+    "spleen",
+    "right kidney",
+    "left kidney",
+    "gallbladder",
+    "esophagus",
+    "liver",
+    "stomach",
+    "aorta",
+    "inferior vena cava",
+    "portal and splenic veins",
+    "pancreas",
+    "right adrenal gland",
+    "left adrenal gland",
+)
+_BTCV_TISSUES = (
+    Tissue.SPLEEN,
+    Tissue.RIGHT_KIDNEY,
+    Tissue.LEFT_KIDNEY,
+    Tissue.GALLBLADDER,
+    Tissue.ESOPHAGUS,
+    Tissue.LIVER,
+    Tissue.STOMACH,
+    Tissue.AORTA,
+    Tissue.VENA_CAVA,
+    Tissue.PORTAL_VEIN,
+    Tissue.PANCREAS,
+    Tissue.RIGHT_ADRENAL,
+    Tissue.LEFT_ADRENAL,
+)
+_INSIDE = {  # tissues that belong to an organ
+    Tissue.RIGHT_MEDULLA: Tissue.RIGHT_KIDNEY,
+    Tissue.LEFT_MEDULLA: Tissue.LEFT_KIDNEY,
+    Tissue.LIVER_VEIN: Tissue.LIVER,
+    Tissue.ESOPHAGUS_GAS: Tissue.ESOPHAGUS,
+    Tissue.STOMACH_FLUID: Tissue.STOMACH,
+    Tissue.STOMACH_GAS: Tissue.STOMACH,
+    Tissue.DUODENUM_FLUID: Tissue.DUODENUM,
+}
+
+
+def _label_table(organs: Sequence[Tissue]) -> NDArray[np.uint8]:
+    """Label of every tissue: its organ's place among ``organs``, counted from 1; 0 if it is of none."""
+    label_of = {organ: label for label, organ in enumerate(organs, start=1)}
+    return np.array([label_of.get(_INSIDE.get(t, t), 0) for t in Tissue], dtype=np.uint8)
+
+
+LABEL_OF_TISSUE = {"flare22": _label_table(list(Tissue)[1:14]), "btcv": _label_table(_BTCV_TISSUES)}
+ORGANS_OF = {"flare22": FLARE_ORGANS, "btcv": BTCV_ORGANS}
 
 
 class Canvas:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from custom.data.body import body_mask
-from custom.data.scans import Scan, list_scans
 from custom.data.profiles import require_ct
+from custom.data.scans import Scan, list_scans
 from custom.data.store import VolumeStore, sha256_of_file, write_text
 from custom.landmarks.geometry import to_voxels
 from custom.landmarks.matching import Lattice, coarse_norm, flat_index, lattice_weights, make_lattice, pool
@@ -387,6 +387,12 @@ class EmbeddingFolder:
                 f"{self.path}: {len(wrong)} of {len(store)} scans of {store.path} have no embedding that fits: "
                 f"{', '.join(wrong[:3])}. Embed them again: alice embed {store.path} {self.path}"
             )
+
+    def keep_threshold(self, threshold: float) -> None:
+        """Keep the weights' calibrated score with the embeddings that they made."""
+        content = {**read_folder_index(self.path), "threshold": threshold}
+        write_text(self.path / INDEX, json.dumps(content, indent=1))
+        self.threshold = threshold
 
     def _open_file(self, name: str) -> StoredEmbedding:
         stored = StoredEmbedding(embedding_path(self.path, name))

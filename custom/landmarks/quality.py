@@ -237,7 +237,7 @@ def phantom_truth(store: VolumeStore, folder: str | Path) -> Truth:
 
     Args:
         store: built from them.
-        folder: that ``alice phantom`` wrote, with ``images`` and ``canonical``.
+        folder: that ``alice phantom`` wrote, with ``images`` (or ``imagesTr``) and ``canonical``.
 
     Raises:
         ValueError: when it is asked about a scan that has no files there.
@@ -246,7 +246,11 @@ def phantom_truth(store: VolumeStore, folder: str | Path) -> Truth:
 
     @functools.lru_cache(maxsize=6)
     def load(name: str) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        image = folder / "images" / Path(store.records[name].source).name
+        file = Path(store.records[name].source).name
+        image = next(
+            (p for part in ("images", "imagesTr") if (p := folder / part / file).is_file()),
+            folder / "images" / file,
+        )
         path = folder / "canonical" / f"{image.name.split('.')[0].removesuffix('_0000')}.npz"
         for needed in (image, path):
             if not needed.is_file():

@@ -68,17 +68,7 @@ def save_sam(
         "orientation": "LPS",
         "sha256": sha256_of(state),
     }
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, temporary, metadata={KEY: json.dumps(content)})
-        temporary.chmod(0o644)  # safetensors lets only its owner read
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be written ({error}).") from error
-    finally:
-        with contextlib.suppress(OSError):  # the folder itself may be what is missing
-            temporary.unlink(missing_ok=True)
+    _write(path, state, content)
     return content
 
 
@@ -126,6 +116,39 @@ def read_sam_metadata(path: str | PathLike[str]) -> dict[str, Any]:
     return _read(Path(path), tensors=False)[0]
 
 
+def note_in_weights(path: str | PathLike[str], notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to what a file of ``save_sam`` says of its weights; the tensors, and their sha256, stay as they are.
+
+    Args:
+        path: ``.safetensors``, replaced whole.
+        notes: plain values, such as a calibrated ``threshold``.
+
+    Returns:
+        The metadata as written.
+
+    Raises:
+        ValueError: as :func:`load_sam_weights`, or if a note would change what describes the tensors.
+    """
+    path = Path(path)
+    metadata, state = _read(path)
+    fixed = {
+        "format",
+        "width",
+        "embedding_dim",
+        "parameters",
+        "dtype",
+        "spacing_mm",
+        "hu_range",
+        "orientation",
+        "sha256",
+    }
+    if barred := fixed & set(notes):
+        raise ValueError(f"{path}: {', '.join(sorted(barred))} describe the tensors and cannot be noted.")
+    content = {**metadata, **notes}
+    _write(path, state, content)
+    return content
+
+
 def sha256_of(state: Mapping[str, Tensor]) -> str:
     """Of names, types, shapes and values, in the order of names."""
     digest = hashlib.sha256()
@@ -134,6 +157,20 @@ def sha256_of(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _write(path: Path, state: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(state), temporary, metadata={KEY: json.dumps(content)})
+        temporary.chmod(0o644)  # safetensors lets only its owner read
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be written ({error}).") from error
+    finally:
+        with contextlib.suppress(OSError):  # the folder itself may be what is missing
+            temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
