@@ -109,9 +109,9 @@ def test_strangers_do_not_agree(scans):
 def test_the_pooled_cells_compare_as_whole_similarities(scans):
     cells = body_cells(scans[0])
     np.testing.assert_allclose(np.linalg.norm(cells.vectors, axis=1), 1.0, atol=1e-5)
-    assert len(cells.points_mm) == 16 * 20 * 24
-    nearest = np.linalg.norm(cells.points_mm - MIDDLE_MM, axis=1).min()
-    assert nearest <= np.sqrt(3) * 4 + 1e-6
+    assert len(cells.points_mm) == 8 * 10 * 12
+    corner = np.linalg.norm(cells.points_mm - (AFFINE @ np.array([3.5, 3.5, 3.5, 1.0]))[:3], axis=1).min()
+    assert corner < 1e-6
 
 
 def test_points_off_either_scan_are_refused(scans):

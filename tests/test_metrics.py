@@ -7,22 +7,10 @@ import pytest
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
-from custom.evaluation import metrics
-from custom.evaluation.metrics import (
-    BTCV_ORGANS,
-    FLARE22,
-    FLARE22_ORGANS,
-    ScoringRule,
-    btcv_scores,
-    case_rows,
-    dice,
-    flare_scores,
-    hd95,
-    nsd,
-    plain_rule,
-    read_rows,
-    write_rows,
-)
+from custom import files
+from custom.evaluation.metrics import btcv_scores, case_rows, dice, flare_scores, hd95, nsd
+from custom.evaluation.rows import read_rows, write_rows
+from custom.evaluation.rules import BTCV_ORGANS, FLARE22, FLARE22_ORGANS, ScoringRule, plain_rule
 
 SPACING = (0.7, 1.3, 2.9)
 SHAPE = (17, 13, 11)
@@ -334,7 +322,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
     def disk_full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(metrics.os, "replace", disk_full)
+    monkeypatch.setattr(files.os, "replace", disk_full)
     with pytest.raises(OSError, match="No space"):
         write_rows(path, [{"case": "new", "dsc": 0.0}])
     assert read_rows(path)[0]["case"] == "old"

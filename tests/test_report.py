@@ -1,6 +1,5 @@
 import base64
 import io
-import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -12,9 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from custom import report
-from custom.evaluation.metrics import case_rows, plain_rule
-from custom.evaluation.statistics import compare
-from custom.report import Overlay, Page, axial_overlay, comparison_page, worst_slice
+from custom.report import Page
 
 EVIL = 'scan "<script>alert(1)</script>" & co'
 
@@ -176,71 +173,6 @@ def test_write_leaves_one_whole_file(tmp_path):
         page.write(path)
     assert path.read_text(encoding="utf-8").endswith("</html>")
     assert list(tmp_path.iterdir()) == [path]
-
-
-# -- two runs -----------------------------------------------------------------------------------------
-
-
-def test_overlay_shows_the_patients_right_on_the_left_and_front_on_top():
-    image = np.zeros((20, 30))  # x towards Right, y Anterior
-    image[15:, 20:] = 1.0  # right, anterior
-    empty = np.zeros((20, 30), bool)
-    shown = axial_overlay(image, empty, empty, spacing=(2.0, 1.0))
-    height, width, _ = shown.shape
-    assert width / height == pytest.approx(20 * 2.0 / 30, abs=0.01)
-    assert shown[: height // 4, : width // 8].min() == 1.0
-    assert shown[height // 2 :].max() == shown[:, width // 2 :].max() == 0.0
-
-
-def test_overlay_outlines_reference_green_and_prediction_pink():
-    image, reference, prediction = np.full((30, 30), 0.5), np.zeros((30, 30), bool), np.zeros((30, 30), bool)
-    reference[20:28, 5:25], prediction[2:10, 5:25] = True, True  # right, left
-    shown = axial_overlay(image, reference, prediction)
-    middle = shown.shape[1] // 2
-    green, pink = (shown[..., 1] > 0.8), (shown[..., 0] > 0.9)
-    assert green[:, :middle].any()
-    assert not green[:, middle:].any()
-    assert pink[:, middle:].any()
-    assert not pink[:, :middle].any()
-    assert 0.005 < green.mean() < 0.03  # an outline, not an area
-
-
-def test_worst_slice_is_where_a_prediction_fails_most():
-    reference = np.zeros((5, 7, 9), bool)
-    reference[1:4, 2:5, 3:8] = True
-    prediction = reference.copy()
-    prediction[2, 2:5, 6] = False
-    assert worst_slice(reference, reference, prediction) == 6
-    assert worst_slice(reference, reference, reference) == 3
-
-
-def two_runs():
-    rule = plain_rule(("liver", "spleen"), 2)
-    rng = np.random.default_rng(0)
-    rows_a, rows_b = [], []
-    for case in range(4):
-        reference = np.kron(rng.integers(0, 3, (3, 4, 2)), np.ones((4, 3, 3), int))
-        spacing = (1.0, 1.2, 2.0)
-        rows_a += case_rows(np.roll(reference, 1, 0), reference, spacing, rule, case=f"case {case}")
-        rows_b += case_rows(
-            np.where(reference == 2, 0, reference), reference, spacing, rule, case=f"case {case}"
-        )
-    return rows_a, rows_b, reference, spacing
-
-
-def test_comparison_page_has_figures_tables_and_worst_cases(tmp_path):
-    rows_a, rows_b, reference, spacing = two_runs()
-    tables = {metric: compare(rows_a, rows_b, metric, draws=200) for metric in ("dsc", "hd95")}
-    volume = np.random.default_rng(0).random(reference.shape)
-    overlay = Overlay(EVIL, volume, reference == 1, np.roll(reference, 1, 0) == 1, reference == 1, spacing)
-    page = comparison_page(tables, rows_a, rows_b, name_a=EVIL, name_b="alice $x$", overlays=[overlay])
-    elements = Elements(page.html())
-    assert len(elements.all("table")) == 2
-    assert len(elements.all("img")) == 2 * 2 + 2
-    assert all(image["alt"] for image in elements.all("img"))
-    assert page.sections == ["DSC", "HD95 in mm", "Worst cases", "How these numbers came about"]
-    assert "4 missed in B" in elements.words
-    assert re.search(r"protocol\s*plain", elements.words)
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def few_shot(records: Sequence[Record], amount: int | float, seed: int = 0) -> l
     Raises:
         ValueError: if the amount is out of range, or a record has no patient.
     """
-    patients = _shuffled_patients(records, f"few-shot {seed}")
+    patients = few_shot_order(records, seed)
     if isinstance(amount, bool) or not isinstance(amount, (int, float)):
         raise ValueError(f"The amount must be a number of patients or a share of them, got {amount!r}.")
     if isinstance(amount, float):
@@ -78,6 +78,11 @@ def few_shot(records: Sequence[Record], amount: int | float, seed: int = 0) -> l
     if not 1 <= amount <= len(patients):
         raise ValueError(f"Cannot choose {amount} of {len(patients)} patient(s); take 1 to {len(patients)}.")
     return _records_of(patients[:amount], records)
+
+
+def few_shot_order(records: Sequence[Record], seed: int = 0) -> list[str]:
+    """The patients in the order in which :func:`few_shot` takes them."""
+    return _shuffled_patients(records, f"few-shot {seed}")
 
 
 def _shuffled_patients(records: Sequence[Mapping[str, Any]], salt: str) -> list[str]:

@@ -227,7 +227,8 @@ def _crop(
     store: Volumes, name: str, start: np.ndarray, size: Sequence[int], window_hu: Sequence[float]
 ) -> Tensor:
     low, high = window_hu
-    crop = store.read_crop(name, [int(s) for s in start], size, fill=int(max(low, -1024)))
+    ct = getattr(store, "profile", "ct") == "ct"
+    crop = store.read_crop(name, [int(s) for s in start], size, fill=int(max(low, -1024)) if ct else int(low))
     return torch.from_numpy(np.clip((crop.astype(np.float32) - low) / (high - low), 0, 1))[None]
 
 

@@ -21,6 +21,7 @@ from custom.landmarks.matching import (
     flat_index,
     inside_grid,
     interpolate_at,
+    lattice_weights,
     prepare,
     query_cells,
     similarities,
@@ -30,7 +31,7 @@ from custom.landmarks.sam import cell_to_world, world_to_cell
 Array = NDArray[Any]
 
 ANCHORS = 512  # cells of Q that are matched (ours; 256 lose a millimetre, 1,024 win a quarter of one)
-CYCLE_MM = 16.0  # a match that comes back so far off counts half (two cells of 8 mm; ours)
+CYCLE_MM = 24.0  # a match that comes back so far off counts half (one and a half cells; ours)
 AGREE_MM = 20.0  # a match this near to the affine map supports it (ours)
 BEND_MM = 60.0  # over which the bending varies (ours)
 BEND_SIZE_MM, BEND_NOISE_MM = 20.0, 30.0  # how large it may be, and how far single matches scatter (ours)
@@ -40,11 +41,11 @@ SHARPNESS = 0.03  # differences of similarity that count as much as one standard
 
 
 class BodyCells(NamedTuple):
-    """A scan's cells of 8 mm that hold body.
+    """A scan's cells of 16 mm that hold body.
 
     Attributes:
         vectors: (n, 2C) float32; the product of two is the mean of their fine and coarse similarity.
-        points_mm: (n, 3), their middles.
+        points_mm: (n, 3), the middle of what body they hold.
     """
 
     vectors: Array
@@ -80,18 +81,30 @@ class PairMap(NamedTuple):
 
 
 def body_cells(embedding: Searchable) -> BodyCells:
-    """The cells that :func:`fit_pair_map` matches."""
+    """The cells that :func:`fit_pair_map` matches: means of up to 4 x 4 x 4 fine cells."""
     scan = prepare(embedding)
     lattice = scan.pooled_lattice
     flat = (
         np.arange(int(np.prod(lattice.grid))) if lattice.outside is None else np.flatnonzero(~lattice.outside)
     )
-    cells = np.stack(np.unravel_index(flat, lattice.grid), axis=-1)
-    coarse = interpolate_at(scan.coarse, lattice.weights, tuple(cells.T))
-    coarse /= np.maximum(np.linalg.norm(coarse, axis=1, keepdims=True), 1e-12)
-    first = 2 * cells
-    middles = 0.5 * (first + np.minimum(first + 2, scan.grid) - 1)
-    vectors = np.concatenate([scan.pooled_rows, coarse], axis=1) * np.float32(np.sqrt(0.5))
+    cells = np.stack(np.unravel_index(flat, lattice.grid), axis=-1)  # of 8 mm
+    blocks = cells // 2
+    size = np.array(lattice.grid) // 2 + 1
+    _, first, members = np.unique(
+        flat_index(blocks, (int(size[0]), int(size[1]), int(size[2]))), return_index=True, return_inverse=True
+    )
+    order = np.argsort(members, kind="stable")
+    starts = np.searchsorted(members[order], np.arange(len(first)))
+    fine = np.add.reduceat(scan.pooled_rows[order], starts, axis=0)
+    counts = np.bincount(members)[:, None]
+    middles = 2 * cells + 0.5  # in fine cells
+    middles = np.minimum(middles, np.array(scan.grid) - 1)
+    middles = np.add.reduceat(middles[order], starts, axis=0) / counts
+
+    weights = lattice_weights(scan.grid, scan.coarse.shape[:3], 4)
+    coarse = interpolate_at(scan.coarse, weights, tuple(blocks[first].T))
+    parts = [part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12) for part in (fine, coarse)]
+    vectors = np.concatenate(parts, axis=1) * np.float32(np.sqrt(0.5))
     return BodyCells(vectors.astype(np.float32), cell_to_world(middles, scan.affine, "fine"))
 
 
