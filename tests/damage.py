@@ -713,6 +713,12 @@ def slice_of_text(folder):
     write_series(folder)[9].write_text("hello " * 100)
 
 
+@damage(Reason.SPREAD_SERIES)
+def series_in_two_folders(folder):
+    write_series(folder / "one", lambda z: {} if z % 2 else None)
+    write_series(folder / "two", lambda z: None if z % 2 else {})
+
+
 @damage(Reason.DUPLICATE)
 def series_twice(folder):
     write_series(folder / "one")

@@ -115,12 +115,14 @@ def test_the_pooled_cells_compare_as_whole_similarities(scans):
 
 
 def test_points_off_either_scan_are_refused(scans):
-    inside = MIDDLE_MM[None]
-    off_q = match_near(np.full((1, 3), 1e4), inside, *scans)
-    off_k = match_near(inside, np.full((1, 3), 1e4), *scans)
-    for matches in (off_q, off_k):
-        assert matches.scores[0] == -1
-        assert np.isnan(matches.points_mm).all()
+    inside, outside = MIDDLE_MM[None], np.full((1, 3), 1e4)
+    off_q = match_near(outside, inside, *scans)
+    assert off_q.scores[0] == -1 and np.isnan(off_q.points_mm).all()
+    off_k = match_near(inside, outside, *scans)
+    assert off_k.scores[0] == -1
+    np.testing.assert_array_equal(off_k.points_mm, outside)  # where it is expected, not to be used
+    just_off = (AFFINE @ np.array([-2.5, 40.0, 30.0, 1.0]))[None, :3]
+    assert match_near(inside, just_off, *scans).scores[0] > -1
 
 
 def test_a_point_is_found_exactly_in_its_own_scan(scans):

@@ -2,12 +2,15 @@
 
 import struct
 
+import itk
 import numpy as np
 import pytest
 from damage import SHAPE, at, dicom_bytes, element, good_volume, write_series
 from scipy import ndimage
 
-from custom.data.dicom import read_header, read_series, sort_series
+from custom.data.dicom import read_series
+from custom.data.dicom_header import read_header
+from custom.data.dicom_series import sort_series
 from custom.data.reasons import Fault, Reason
 from custom.data.scans import ScanError
 
@@ -171,6 +174,19 @@ def test_reading_refuses_what_is_no_stack(tmp_path):
     broken[4].write_bytes(broken[4].read_bytes()[:-9])
     with pytest.raises(ScanError, match="broken: The file ends before its data do"):
         read_series(broken)
+
+
+def test_a_multi_frame_file_is_refused(tmp_path):
+    frames = np.ascontiguousarray(good_volume().T + 1024, dtype=np.uint16)  # GDCM writes no signed ones
+    image = itk.image_from_array(frames)
+    image.SetSpacing([3.0, 3.1, 4.0])
+    itk.imwrite(image, str(tmp_path / "enhanced.dcm"))
+    header = read_header(tmp_path / "enhanced.dcm")
+    assert int(header.frames) == SHAPE[2]
+    (series,) = sort_series([header])
+    assert series.reasons == [Reason.MULTIFRAME]
+    with pytest.raises(ScanError, match="multi-frame object. Convert it to NIfTI or to single slices"):
+        read_series([tmp_path / "enhanced.dcm"])
 
 
 def test_the_real_series_is_its_nifti(real_data):

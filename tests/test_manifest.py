@@ -7,6 +7,9 @@ import time
 import zlib
 from pathlib import Path
 
+import fsspec
+import itk
+import nibabel as nib
 import numpy as np
 import pytest
 from damage import (
@@ -24,13 +27,15 @@ from damage import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from custom.data import manifest as manifest_module
-from custom.data.fingerprint import PROFILES, Job, Rules, near_pairs, run_job
+from custom.data import manifest_file, work
+from custom.data.examine import run_job
+from custom.data.fingerprint import near_pairs
 from custom.data.intake import open_scan
 from custom.data.intake_page import intake_page
 from custom.data.manifest import Manifest, ManifestError, exit_code, scan_folder, summary
 from custom.data.reasons import ACCEPTED, REJECTED, WARNED, Reason
-from custom.data.scans import ScanError, read_volume
+from custom.data.records import PROFILES, Job, Rules
+from custom.data.scans import ScanError
 
 SEEDS = Path(__file__).parent / "seeds"
 KEEPS_ONE = {"the_same_in_two_formats", "the_same_with_noise", "series_twice"}  # of two good scans, one stays
@@ -99,16 +104,24 @@ def test_a_record_says_what_the_scan_holds(mixed):
 def test_our_readers_agree_with_itk(tmp_path, name, content):
     (tmp_path / name).write_bytes(content())
     ours = open_scan(tmp_path / name)
-    volume, affine = read_volume(tmp_path / name)
+    volume, affine = by_itk(tmp_path / name)
     np.testing.assert_array_equal(ours.raw, volume)
     np.testing.assert_allclose(ours.affine, affine)
     np.testing.assert_array_equal(volume, good_volume())
 
 
+def by_itk(path):
+    image = itk.imread(str(path))
+    affine = np.eye(4)
+    affine[:3, :3] = itk.array_from_matrix(image.GetDirection()) * np.array(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    return itk.array_from_image(image).T, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # ITK speaks LPS
+
+
 def test_a_turned_metaimage_is_placed_as_itk_places_it(tmp_path):
     content = mha_bytes(TransformMatrix="0 1 0 -1 0 0 0 0 1")
     (tmp_path / "a.mha").write_bytes(content)
-    np.testing.assert_allclose(open_scan(tmp_path / "a.mha").affine, read_volume(tmp_path / "a.mha")[1])
+    np.testing.assert_allclose(open_scan(tmp_path / "a.mha").affine, by_itk(tmp_path / "a.mha")[1])
 
 
 def test_scaled_nifti_reads_as_nibabel_reads_it(tmp_path):
@@ -117,7 +130,7 @@ def test_scaled_nifti_reads_as_nibabel_reads_it(tmp_path):
         header=lambda h: (h.__setitem__("scl_slope", 2), h.__setitem__("scl_inter", -5)),
     )
     ours = open_scan(path)
-    np.testing.assert_array_equal(ours.scaled(ours.raw), read_volume(path)[0])
+    np.testing.assert_array_equal(ours.scaled(ours.raw), nib.load(path).get_fdata())
 
 
 def test_patients_come_from_tags_barcodes_folders_and_patterns(tmp_path):
@@ -208,7 +221,7 @@ def test_an_unreadable_folder_is_told_and_the_rest_is_read(tmp_path, monkeypatch
             raise PermissionError(13, "Permission denied")
         return listed(path)
 
-    monkeypatch.setattr(manifest_module.os, "scandir", scandir)
+    monkeypatch.setattr(os, "scandir", scandir)
     found = by_path(scan(tmp_path))
     assert found["shut"].reasons == ["unreadable"] and found["open/a.nii.gz"].status == ACCEPTED
 
@@ -306,6 +319,22 @@ def test_equal_scans_are_found_across_formats_and_orientations(tmp_path):
         assert found[name].reasons == ["duplicate"] and found[name].duplicate_of == kept.id
 
 
+def test_a_series_in_several_folders_is_refused_and_a_copy_of_one_is_not(tmp_path):
+    write_series(tmp_path / "spread" / "a", lambda z: {} if z < 12 else None)
+    write_series(tmp_path / "spread" / "b", lambda z: {} if z >= 12 else None)
+    write_series(tmp_path / "copied" / "a", volume=good_volume(1), SeriesInstanceUID="1.2.77")
+    write_series(tmp_path / "copied" / "b", volume=good_volume(1), SeriesInstanceUID="1.2.77")
+    write_series(tmp_path / "another", volume=good_volume(2), PatientID="MRN-9")  # a UID used again
+    found = {path: r.reasons for path, r in by_path(scan(tmp_path, min_slices=5)).items()}
+    assert found == {
+        "spread/a": ["spread_series"],
+        "spread/b": ["spread_series"],
+        "copied/a": [],
+        "copied/b": ["duplicate"],
+        "another": [],
+    }
+
+
 def test_near_duplicates_share_a_patient_in_what_is_built(tmp_path):
     DAMAGES["the_same_with_noise"].make(tmp_path)
     write_nifti(tmp_path / "other.nii.gz", good_volume(8))
@@ -376,9 +405,7 @@ def test_a_manifest_comes_back_as_it_was_saved(mixed, tmp_path):
 def test_an_unchanged_folder_is_not_read_again(mixed, tmp_path, monkeypatch):
     first = scan(mixed, output=tmp_path / "m.json")
     read = []
-    monkeypatch.setattr(
-        manifest_module, "run_job", lambda job, rules: (read.append(job.path), run_job(job, rules))[1]
-    )
+    monkeypatch.setattr(work, "run_job", lambda job, rules: (read.append(job.path), run_job(job, rules))[1])
     assert scan(mixed, output=tmp_path / "m.json") == first
     assert set(read) <= {"."}  # the file without a suffix, looked at for DICOM's mark
     read.clear()
@@ -403,7 +430,7 @@ def test_a_killed_run_goes_on_where_it_stopped(mixed, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return run_job(job, rules)
 
-    monkeypatch.setattr(manifest_module, "run_job", dying)
+    monkeypatch.setattr(work, "run_job", dying)
     with pytest.raises(KeyboardInterrupt):
         scan(mixed, output=tmp_path / "m.json")
     assert not (tmp_path / "m.json").exists()
@@ -438,7 +465,7 @@ def crash(job, rules):
 def test_a_reader_that_kills_its_process_costs_one_scan(tmp_path, monkeypatch):
     for i in range(5):
         write_nifti(tmp_path / f"{'broken' if i == 2 else 'case'}{i}.nii.gz", good_volume(i))
-    monkeypatch.setattr(manifest_module, "run_job", crash)
+    monkeypatch.setattr(work, "run_job", crash)
     manifest = scan(tmp_path, workers=2)
     assert by_path(manifest)["broken2.nii.gz"].reasons == ["reader_failed"]
     assert len(manifest.usable) == 4
@@ -491,10 +518,44 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     def full(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(manifest_module, "write_text", full)
+    monkeypatch.setattr(manifest_file, "write_text", full)
     with pytest.raises(ManifestError, match="No space left on device"):
         scan(tmp_path / "scans", output=tmp_path / "m.json", min_slices=3)
     assert path.read_text() == before
+
+
+def test_a_manifest_at_a_url_finds_its_scans_there(mixed, tmp_path):
+    path = scan(mixed, output=mixed.parent / "lists" / "m.json", salt="s").folder.parent / "lists" / "m.json"
+    here = Manifest.load(path)
+    assert Manifest.load(f"file://{path}") == here
+    memory = fsspec.filesystem("memory")
+    for file in [*mixed.rglob("*"), path]:
+        if file.is_file():
+            memory.pipe(f"/bucket/{file.relative_to(mixed.parent).as_posix()}", file.read_bytes())
+    there = Manifest.load("memory://bucket/lists/m.json")
+    assert there.records == here.records and there.remote.url == "memory://bucket/scans"
+    there.remote.folder = there.folder = tmp_path / "copies"
+    for mine, theirs in zip(here.scans(), there.scans(), strict=True):
+        assert theirs.image.read_bytes() == mine.image.read_bytes() and theirs.image.is_relative_to(tmp_path)
+    record = next(record for record in here.usable if record.format == "dicom")
+    np.testing.assert_array_equal(there.read(record)[0], here.read(record)[0])
+    other = scan(mixed, against=["memory://bucket/lists/m.json"], salt="s")
+    assert all(
+        "leak" in record.reasons for record in other.records if record.content_hash and record.kind == "image"
+    )
+
+
+def test_urls_that_lead_nowhere_are_refused(tmp_path):
+    with pytest.raises(ManifestError, match="memory://nowhere/m.json: cannot be read"):
+        Manifest.load("memory://nowhere/m.json")
+    with pytest.raises(ManifestError, match="no-such-protocol://a/m.json: cannot be read"):
+        Manifest.load("no-such-protocol://a/m.json")
+    content = {"format": "alice-manifest-1", "folder": "../../x", "rules": {}, "others": {}, "records": []}
+    fsspec.filesystem("memory").pipe("/top/m.json", json.dumps(content).encode())
+    with pytest.raises(ManifestError, match=r"its scans lie in '\.\./\.\./x', outside of memory://"):
+        Manifest.load("memory://top/m.json")
+    with pytest.raises(ManifestError, match="examined where they lie"):
+        scan("memory://top")
 
 
 def test_exit_codes_tell_scripts_what_to_do(tmp_path):
@@ -519,8 +580,9 @@ def test_nothing_that_names_a_patient_is_written(tmp_path):
         "SeriesInstanceUID": "1.2.826.0.1.42.2",
     }
     write_series(tmp_path / "scans" / "good", volume=good_volume(1), **secrets)
-    write_series(tmp_path / "scans" / "bad", lambda z: None if z == 5 else {}, good_volume(2), **secrets)
-    path = write_series(tmp_path / "scans" / "cut", volume=good_volume(3), **secrets)[4]
+    other = secrets | {"SeriesInstanceUID": "1.2.826.0.1.42.3"}
+    write_series(tmp_path / "scans" / "bad", lambda z: None if z == 5 else {}, good_volume(2), **other)
+    path = write_series(tmp_path / "scans" / "cut", volume=good_volume(3), **other)[4]
     path.write_bytes(path.read_bytes()[:600])
     with pytest.raises(ScanError):
         Manifest(tmp_path, [], {}).read(scan(tmp_path / "scans").records[0])

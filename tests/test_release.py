@@ -1,30 +1,243 @@
+"""Zips: the same every time, nothing private in them, and they run where nothing of ours is installed."""
+
+import functools
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
 import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
-from conftest import REPO
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import REPO, write_scan
 
-from custom.release import package, show
+from custom.release import MODEL_INFO, has_weights, list_bundles, model_info, needs_own_code, package, show
+
+# `python -m monai.bundle ...` of somebody who does not have this package: the installed copy is hidden,
+# one that lies beside the configs (on sys.path) is found.
+STRANGER = """
+import runpy, sys
+sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", str(f))]
+sys.path = [p for p in sys.path if p != {repo!r}]
+try:
+    import custom
+    sys.exit("this package is still there: " + custom.__file__)
+except ModuleNotFoundError:
+    runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
+"""
 
 
-def test_zips_are_the_same_every_time_and_hold_what_runs_and_nothing_else(tmp_path):
-    bundles = tmp_path / "bundles"
-    source = REPO / "bundles" / "alice_pretrain"
-    for file in source.rglob("*"):
-        if file.is_file() and "models" not in file.parts:
-            target = bundles / "alice_pretrain" / file.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.read_bytes())
-    (bundles / "alice_pretrain" / "runs").mkdir()
-    (bundles / "alice_pretrain" / "runs" / "log.jsonl").write_text("private")
-    first, second = (package(tmp_path / name, bundles)[0] for name in ("a", "b"))
-    assert first.name == "alice_pretrain_v0.1.0.zip" and first.read_bytes() == second.read_bytes()
-    names = set(zipfile.ZipFile(first).namelist())
-    assert {
-        "alice_pretrain/configs/train.yaml",
-        "alice_pretrain/custom/alice/losses.py",
-        "alice_pretrain/LICENSE",
-    } <= names
-    assert not any("runs" in name or "__pycache__" in name for name in names)
-    assert first.name in (tmp_path / "a" / "SHA256SUMS").read_text()
+def bundle_run(*arguments, cwd):
+    """``python -m monai.bundle`` where nothing of ours is installed, from another folder."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    command = [sys.executable, "-W", "ignore", "-c", STRANGER.format(repo=str(REPO)), *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, env={**env, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A folder of one bundle, as small as a bundle can be."""
+    bundle = tmp_path / "bundles" / "toy"
+    for name, text in {
+        "configs/metadata.json": '{"version": "0.1.0"}',
+        "configs/train.yaml": "# custom.alice is not used here\nx: 1\n",
+        "configs/extra.yaml": "network_def: {_target_: custom.encoders.nnformer.NNFormer}\n",
+        "models/model.pt": "weights",
+        "LICENSE": "free",
+    }.items():
+        (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+        (bundle / name).write_text(text)
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """Every bundle that has weights, zipped."""
+    bundles = tmp_path_factory.mktemp("bundles")
+    for bundle in list_bundles(REPO / "bundles"):
+        if has_weights(bundle):
+            (bundles / bundle.name).symlink_to(bundle)
+    return package(tmp_path_factory.mktemp("dist"), bundles)
+
+
+@pytest.fixture
+def download(released, tmp_path):
+    """Downloads a bundle by name over HTTP with MONAI's own command; returns its folder."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            """Nothing."""
+
+    handler = functools.partial(Quiet, directory=str(released[0].parent))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def fetch(name):
+        url = f"http://127.0.0.1:{server.server_port}/{name}_v{version_of(name)}.zip"
+        bundle_run("download", "--name", name, "--url", url, "--bundle_dir", tmp_path / "hub", cwd=tmp_path)
+        return tmp_path / "hub" / name
+
+    yield fetch
+    server.shutdown()
+    server.server_close()
+
+
+def version_of(name):
+    return json.loads((REPO / "bundles" / name / "configs" / "metadata.json").read_text())["version"]
+
+
+def test_zips_are_the_same_every_time_and_hold_what_runs_and_nothing_else(toy, tmp_path):
+    for name in (
+        "runs/log.jsonl",
+        "models/model_finetuned.pt",
+        "models/model.ts",
+        "configs/.ipynb_checkpoints/t.yaml",
+        "configs/x.tmp",
+    ):
+        (toy / name).parent.mkdir(exist_ok=True)
+        (toy / name).write_text("private")
+    first = package(tmp_path / "a", toy.parent)[0]
+    os.utime(toy / "LICENSE", (0, 0))
+    (toy / "LICENSE").chmod(0o600)
+    second = package(tmp_path / "b", toy.parent)[0]
+    assert first.name == "toy_v0.1.0.zip" and first.read_bytes() == second.read_bytes()
+    kept = {"LICENSE", "configs/metadata.json", "configs/train.yaml", "configs/extra.yaml", "models/model.pt"}
+    assert set(zipfile.ZipFile(first).namelist()) == {f"toy/{name}" for name in kept}
+    # a changed byte shows in the zip and so in its checksum
+    (toy / "models" / "model.pt").write_text("Weights")
+    assert package(tmp_path / "c", toy.parent)[0].read_bytes() != first.read_bytes()
+
+
+def test_checksums_are_those_of_the_zips(released):
+    lines = (released[0].parent / "SHA256SUMS").read_text().splitlines()
+    assert lines == [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}" for p in released]
+
+
+def test_own_code_goes_only_with_bundles_that_name_it(released):
+    for path in released:
+        names = set(zipfile.ZipFile(path).namelist())
+        folder = path.name.split("_v")[0]
+        assert all(name.startswith(f"{folder}/") for name in names)
+        assert {f"{folder}/LICENSE", f"{folder}/configs/metadata.json"} <= names
+        assert (f"{folder}/custom/alice/losses.py" in names) == (
+            folder in {"alice_pretrain", "sam_landmarks"}
+        )
+        assert not any("__pycache__" in name for name in names)
+
+
+def test_a_comment_and_an_override_do_not_need_own_code_but_training_does(toy):
+    assert not needs_own_code(toy)
+    (toy / "configs" / "train.yaml").write_text("loss: {_target_: custom.alice.losses.AliceLoss}\n")
+    assert needs_own_code(toy)
+
+
+@pytest.mark.parametrize(
+    ("version", "rename", "message"),
+    [
+        ("../../0.1.0", None, "version like 0.1.0"),
+        (None, None, "got None"),
+        ("0.1.0", "toy_very", "must not hold '_v'"),
+    ],
+)
+def test_names_that_would_escape_or_mislead_are_refused(toy, tmp_path, version, rename, message):
+    (toy / "configs" / "metadata.json").write_text(json.dumps({"version": version}))
+    if rename:
+        toy.rename(toy.with_name(rename))
+    with pytest.raises(ValueError, match=message):
+        package(tmp_path / "dist", toy.parent)
+    assert not (tmp_path / "dist").exists()
+
+
+def test_a_link_out_of_the_bundle_is_refused(toy, tmp_path):
+    (tmp_path / "secret").write_text("key")
+    (toy / "docs").mkdir()
+    (toy / "docs" / "data_license.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="leads out of"):
+        package(tmp_path / "dist", toy.parent)
+
+
+def test_a_bundle_without_weights_is_no_release(toy, tmp_path):
+    (toy / "models" / "model.pt").unlink()
+    with pytest.raises(ValueError, match="no weights"):
+        package(tmp_path / "dist", toy.parent)
+    assert model_info(toy.parent) == {}
+
+
+def test_model_info_is_that_of_todays_bundles():
+    told = json.loads(MODEL_INFO.read_text(encoding="utf-8"))
+    true = model_info()
+    stale = sorted(
+        n for n in told.keys() | true if told.get(n, {}).get("checksum") != true.get(n, {}).get("checksum")
+    )
+    assert not stale, f"{MODEL_INFO}: {stale} changed since; run `make package` and commit the file."
+    assert all(entry["source"].endswith(f"/{name}.zip") for name, entry in told.items())
+
+
+def test_monai_finds_the_versions_in_model_info(monkeypatch):
+    from monai.bundle import scripts
+
+    answer = SimpleNamespace(text=MODEL_INFO.read_text(encoding="utf-8"), raise_for_status=lambda: None)
+    monkeypatch.setattr(scripts, "requests", SimpleNamespace(get=lambda *_, **__: answer))
+    monkeypatch.setattr(scripts, "has_requests", True)
+    for name in ("alice_pretrain", "sam_landmarks"):
+        found = scripts.get_bundle_versions(name, repo="owner/repo", tag="v0.1.0")
+        assert found == {"latest_version": version_of(name), "all_versions": [version_of(name)]}
+
+
+@pytest.mark.slow
+def test_the_pretraining_zip_pretrains_from_its_own_copy_of_our_code(download, tmp_path, scans):
+    bundle = download("alice_pretrain")
+    configs = str([str(bundle / "configs" / name) for name in ("train.yaml", "smoke.yaml")])
+    bundle_run(
+        "run", "--config_file", configs, "--bundle_root", bundle, "--dataset_dir", scans,
+        "--output_dir", tmp_path / "run", "--store_dir", tmp_path / "store",
+        "--iterations", 2, "--batch_size", 2, "--warmup", 1, "--workers", 0, cwd=tmp_path,
+    )  # fmt: skip
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) >= 2
+
+
+@pytest.mark.slow
+def test_the_landmark_zip_embeds_from_its_own_copy_of_our_code(download, tmp_path):
+    write_scan(tmp_path / "scans" / "case.nii.gz", seed=0)
+    (tmp_path / "scans" / "case_label.nii.gz").unlink()
+    bundle = download("sam_landmarks")
+    bundle_run(
+        "run", "--config_file", bundle / "configs" / "inference.yaml", "--bundle_root", bundle,
+        "--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out", cwd=tmp_path,
+    )  # fmt: skip
+    assert any((tmp_path / "out").iterdir())
+
+
+SEGMENTATION = [p.name for p in list_bundles(REPO / "bundles") if p.name.startswith("alice_seg")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_a_segmentation_zip_segments_with_nothing_of_ours(name, download, tmp_path):
+    if not has_weights(REPO / "bundles" / name):
+        pytest.skip(f"{name} ships no weights yet")
+    write_scan(tmp_path / "scans" / "case.nii.gz", seed=0)
+    (tmp_path / "scans" / "case_label.nii.gz").unlink()
+    bundle = download(name)
+    assert not (bundle / "custom").exists()
+    bundle_run(
+        "run", "--config_file", next((bundle / "configs").glob("inference.*")), "--bundle_root", bundle,
+        "--dataset_dir", tmp_path / "scans", "--output_dir", tmp_path / "out", cwd=tmp_path,
+    )  # fmt: skip
+    (mask,) = Path(tmp_path / "out").rglob("*.nii.gz")
+    scan, mask = nib.load(tmp_path / "scans" / "case.nii.gz"), nib.load(mask)
+    assert mask.shape == scan.shape and np.allclose(mask.affine, scan.affine, atol=1e-3)
+    assert mask.get_data_dtype() == np.uint8
 
 
 def test_a_config_is_shown_one_line_a_value():

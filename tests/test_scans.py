@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import write_scan
+from damage import good_volume, mha_bytes
 
 from custom.data.build import build_store, require_patients
 from custom.data.scans import ScanError, check_hu, list_scans, read_volume
@@ -128,6 +129,30 @@ def test_every_bad_file_is_named_with_what_is_wrong(tmp_path):
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_build_and_an_embedding_read_what_a_scan_reads(tmp_path):
+    content = bytearray(save(tmp_path / "a.nii.gz", ct()).read_bytes())
+    content[-6] ^= 1  # of the checksum, which nibabel does not look at
+    (tmp_path / "a.nii.gz").write_bytes(content)
+    assert np.array_equal(nib.load(tmp_path / "a.nii.gz").get_fdata(), ct())
+    with pytest.raises(ScanError, match="a.nii.gz: truncated or damaged"):
+        read_volume(tmp_path / "a.nii.gz")
+    (tmp_path / "a.mha").write_bytes(mha_bytes(CompressedDataSize="0"))
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.mha")[0], good_volume())
+    whole = mha_bytes(CompressedDataSize="0")
+    (tmp_path / "a.mha").write_bytes(whole[:-200])
+    with pytest.raises(ScanError, match="a.mha: truncated or damaged"):
+        read_volume(tmp_path / "a.mha")
+
+
+def test_bytes_of_another_order_become_the_machines_own(tmp_path):
+    image = nib.Nifti1Image(ct(), np.eye(4), nib.Nifti1Header(endianness=">"))
+    nib.save(image, tmp_path / "big.nii")
+    assert (tmp_path / "big.nii").read_bytes()[:4] == b"\0\0\1\x5c"
+    volume, _ = read_volume(tmp_path / "big.nii")
+    assert volume.dtype.isnative
+    np.testing.assert_array_equal(volume, ct())
+
+
 def test_a_singular_affine_is_refused(tmp_path):
     path = save(tmp_path / "singular.nii.gz", ct())
     image = nib.load(path)
@@ -164,11 +189,12 @@ def test_fewer_than_two_patients_are_refused(tmp_path):
 
 
 def test_mismatched_labels_are_refused(tmp_path):
-    save(tmp_path / "a_ct.nii.gz", ct())
-    save(tmp_path / "a_label.nii.gz", np.zeros((12, 13, 15), np.uint8))
+    affine = np.diag([3.0, 3.0, 4.0, 1.0])
+    save(tmp_path / "a_ct.nii.gz", ct(), affine)
+    save(tmp_path / "a_label.nii.gz", np.zeros((12, 13, 15), np.uint8), affine)
     with pytest.raises(ScanError, match="differs from its image"):
         build_store(tmp_path, tmp_path / "store", progress=False)
-    save(tmp_path / "a_label.nii.gz", np.full((12, 13, 14), 0.5, np.float32))
+    save(tmp_path / "a_label.nii.gz", np.full((12, 13, 14), 0.5, np.float32), affine)
     with pytest.raises(ScanError, match="whole numbers"):
         build_store(tmp_path, tmp_path / "store", progress=False)
 

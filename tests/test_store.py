@@ -98,10 +98,13 @@ def test_a_crop_is_what_whole_volume_indexing_gives_padded_with_air(store):
 def test_stored_voxels_are_the_scan_and_labels_lie_on_them(store, scans):
     name = store.names[2]
     image = nib.load(scans / f"{name}.nii.gz")
-    assert np.array_equal(store.read_crop(name, (0, 0, 0), store.shape(name)), np.asarray(image.dataobj))
-    np.testing.assert_allclose(store.affine(name), image.affine)
-    label = store.read_label_crop(name, (0, 0, 0), store.shape(name))
-    assert np.array_equal(label, np.asarray(nib.load(scans / f"{name}_label.nii.gz").dataobj))
+    start, shape = np.array(store.records[name].crop_start), store.shape(name)
+    cut = tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
+    assert np.prod(shape) < image.dataobj.shape[0] * image.dataobj.shape[1] * image.dataobj.shape[2]
+    assert np.array_equal(store.read_crop(name, (0, 0, 0), shape), np.asarray(image.dataobj)[cut])
+    np.testing.assert_allclose(to_world(store.affine(name), [5, 6, 7]), to_world(image.affine, start + [5, 6, 7]))
+    label = store.read_label_crop(name, (0, 0, 0), shape)
+    assert np.array_equal(label, np.asarray(nib.load(scans / f"{name}_label.nii.gz").dataobj)[cut])
     assert store.records[name].labels == [1, 2]
 
 
@@ -138,14 +141,14 @@ def test_damage_is_reported_by_name(scans, tmp_path):
 
 
 def test_a_full_disk_leaves_nothing_half_written(scans, tmp_path, monkeypatch):
-    import custom.data.store as module
+    import custom.data.chunked as module
 
     def full(*args, urlpath, **kwargs):
         with open(urlpath, "wb") as file:
             file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.blosc2, "asarray", full)
+    monkeypatch.setattr(module.blosc2, "empty", full)
     with pytest.raises(StoreError, match=r"b2nd: cannot be written .*No space left.*Make room"):
         build_store(scans, tmp_path / "s", (3.0, 3.0, 4.0), progress=False)
     assert not list((tmp_path / "s").rglob("*.b2nd*"))

@@ -395,12 +395,12 @@ class AliceTrainer(Trainer):
             raise CheckpointError(
                 f"{path}: was made with other settings ({str(error).splitlines()[0]}). Choose another output_dir."
             ) from error
-        changed = [k for k in sorted({*content["summary"], *self.summary} - MAY_CHANGE)
-                   if content["summary"].get(k) != self.summary.get(k)]  # fmt: skip
+        # runs from before profiles were all of CT
+        then = ({"profile": "ct"} if "profile" in self.summary else {}) | content["summary"]
+        changed = [k for k in sorted({*then, *self.summary} - MAY_CHANGE)
+                   if then.get(k) != self.summary.get(k)]  # fmt: skip
         if changed:
-            listed = "; ".join(
-                f"{k} was {content['summary'].get(k)!r}, now {self.summary.get(k)!r}" for k in changed
-            )
+            listed = "; ".join(f"{k} was {then.get(k)!r}, now {self.summary.get(k)!r}" for k in changed)
             raise CheckpointError(
                 f"{path}: {listed}. Set it back, or choose another output_dir for the new run."
             )

@@ -10,9 +10,9 @@ import nibabel as nib
 import numpy as np
 from matplotlib.figure import Figure
 
-from custom.data.fingerprint import HISTOGRAM_HU, ScanRecord
 from custom.data.manifest import Manifest
 from custom.data.reasons import REJECTED
+from custom.data.records import HISTOGRAM_HU, ScanRecord
 from custom.data.scans import ScanError
 from custom.report import COLOUR_A, COLOUR_B, Page
 

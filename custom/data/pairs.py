@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from custom.data.chunked import DamagedScan, StoreError
+from custom.data.quarantine import Quarantine
 from custom.data.store import VolumeStore
 from custom.landmarks.aligners import Aligner
 from custom.landmarks.geometry import to_voxels, to_world
@@ -41,17 +45,23 @@ class PairDataset(Dataset):
     enough, the query's own scan serves as the key. Every pair is a function of ``(seed, i)`` alone: workers,
     ranks and restarts change nothing.
 
+    A pair that touches a damaged part of a scan (``DamagedScan``) is drawn anew from the other scans, from
+    ``(seed, i, number of scans set aside for it)``: which pairs those are depends on the store alone, not on what
+    another worker has met before. The scan is counted and named in ``quarantine``.
+
     Args:
         store: volumes on one grid.
         aligner: finds the point in the key.
         crop_size: voxels along x, y, z.
-        window_hu: intensities from here to there become [0, 1], the rest is clipped.
+        window_hu: intensities from here to there become [0, 1], the rest is clipped; stores of other profiles
+            than ct have a window of their own.
         length: how many pairs the dataset pretends to have.
         seed: of the whole sequence.
         names: volumes to use; None for all.
         max_offset: share of the crop's half side by which its centre may lie off the matched point (ours: 0.5).
         max_redraws: tries before padding or fallback (the paper leaves it open; the authors' code: 100).
         queue_length: 0 draws any key; M > 0 takes it from the queries of the last M pairs (the authors' code: 1).
+        bad_scans_allowed: how many scans may turn out to be damaged before the run is stopped.
 
     Raises:
         ValueError: for settings out of range, or fewer than two patients.
@@ -69,6 +79,7 @@ class PairDataset(Dataset):
         max_offset: float = 0.5,
         max_redraws: int = 100,
         queue_length: int = 0,
+        bad_scans_allowed: int = 0,
     ) -> None:
         if len(crop_size) != 3 or min(crop_size) < 1:
             raise ValueError(f"crop_size must be three positive numbers of voxels, got {list(crop_size)}.")
@@ -78,7 +89,7 @@ class PairDataset(Dataset):
             raise ValueError(f"max_offset must be in [0, 1], got {max_offset}.")
         self.store, self.aligner = store, aligner
         self.crop_size = np.array(crop_size)
-        self.window_hu = (float(window_hu[0]), float(window_hu[1]))
+        self.window = store.window(window_hu)
         self.length, self.seed = length, seed
         self.max_offset, self.max_redraws, self.queue_length = max_offset, max_redraws, queue_length
         self.scans_of: dict[str, list[str]] = {}
@@ -90,12 +101,30 @@ class PairDataset(Dataset):
                 f"A pair is two different patients' scans; {store.path} offers {len(self.patients)} patient(s)."
             )
 
+        used = [name for scans in self.scans_of.values() for name in scans]
+        self.quarantine = Quarantine(used, bad_scans_allowed)
+
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Crops (1, X, Y, Z) in [0, 1], points, score and bookkeeping of pair ``index``."""
-        place = self.place(index)
+        """Crops (1, X, Y, Z) in [0, 1], points, score and bookkeeping of pair ``index``.
+
+        Raises:
+            StoreError: if more scans are damaged than allowed.
+        """
+        without: tuple[str, ...] = ()
+        while True:
+            try:
+                return self._item(index, without)
+            except DamagedScan as error:
+                self.quarantine.add(error)
+                if error.scan in without:  # it was not to be read
+                    raise
+                without += (error.scan,)
+
+    def _item(self, index: int, without: tuple[str, ...]) -> dict[str, Any]:
+        place = self.place(index, without)
         return {
             "crop_q": self._crop(place.scan_q, place.start_q),
             "crop_k": self._crop(place.scan_k, place.start_k),
@@ -109,18 +138,19 @@ class PairDataset(Dataset):
             "scan_k": place.scan_k,
             "patient_q": self.store.patient(place.scan_q),
             "patient_k": self.store.patient(place.scan_k),
+            "set_aside": len(without),  # damaged scans that this pair would have used
             # what masks and views of this pair are drawn from, wherever they are drawn
-            "seed": int(self._rng(index, stream=1).integers(1 << 62)),
+            "seed": int(self._rng(index, 1).integers(1 << 62)),
         }
 
-    def place(self, index: int) -> Placement:
-        """Draw pair ``index`` without reading a voxel."""
-        rng = self._rng(index, stream=0)
-        query = self._draw_query(index)
+    def place(self, index: int, without: tuple[str, ...] = ()) -> Placement:
+        """Draw pair ``index`` without reading a voxel, and without some scans."""
+        rng = self._rng(index, 0, without)
+        query = self._draw_query(index, without)
         best: tuple[int, Placement] | None = None
         rejected = 0
         for redraws in range(self.max_redraws + 1):
-            key = self._draw_key(index, query, rng)
+            key = self._draw_key(index, query, rng, without)
             point_q, offset = self._draw_point(query, rng)
             match = self.aligner.align(query, point_q, key, rng)
             if match.score < self.aligner.threshold:
@@ -138,23 +168,40 @@ class PairDataset(Dataset):
         itself = self._cut(query, query, point_q, point_q, offset, 1.0, self.max_redraws, True)
         return itself._replace(rejected=rejected)
 
-    def _rng(self, index: int, stream: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, stream, index])
+    def _rng(self, index: int, stream: int, without: tuple[str, ...] = ()) -> np.random.Generator:
+        return np.random.default_rng([self.seed, stream, index] + ([len(without)] if without else []))
 
-    def _draw_query(self, index: int) -> str:
-        rng = self._rng(index, stream=2)
-        scans = self.scans_of[self.patients[rng.integers(len(self.patients))]]
+    def _scans(self, without: tuple[str, ...]) -> dict[str, list[str]]:
+        """Patients in order, and their scans."""
+        if not without:
+            return self.scans_of
+        left = {who: [s for s in scans if s not in without] for who, scans in self.scans_of.items()}
+        left = {who: scans for who, scans in left.items() if scans}
+        if len(left) < 2:
+            raise StoreError(
+                f"{self.store.path}: without the damaged scans {', '.join(without)} fewer than two patients are left. "
+                "Build the store again."
+            )
+        return left
+
+    def _draw_query(self, index: int, without: tuple[str, ...] = ()) -> str:
+        rng, scans_of = self._rng(index, 2, without), self._scans(without)
+        patients = [p for p in self.patients if p in scans_of] if without else self.patients
+        scans = scans_of[patients[rng.integers(len(patients))]]
         return scans[rng.integers(len(scans))]
 
-    def _draw_key(self, index: int, query: str, rng: np.random.Generator) -> str:
+    def _draw_key(
+        self, index: int, query: str, rng: np.random.Generator, without: tuple[str, ...] = ()
+    ) -> str:
         own = self.store.patient(query)
         if self.queue_length and index > 0:
             back = 1 + int(rng.integers(min(self.queue_length, index)))
             queued = self._draw_query(index - back)
-            if self.store.patient(queued) != own:
+            if self.store.patient(queued) != own and queued not in without:
                 return queued
-        others = [p for p in self.patients if p != own]
-        scans = self.scans_of[others[rng.integers(len(others))]]
+        scans_of = self._scans(without)
+        others = [p for p in self.patients if p != own and p in scans_of]
+        scans = scans_of[others[rng.integers(len(others))]]
         return scans[rng.integers(len(scans))]
 
     def _draw_point(self, name: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -203,16 +250,16 @@ class PairDataset(Dataset):
         return total
 
     def _crop(self, name: str, start: np.ndarray) -> torch.Tensor:
-        low, high = self.window_hu
-        crop = self.store.read_crop(
-            name, start.tolist(), self.crop_size.tolist(), fill=int(np.floor(max(low, -1024)))
-        )
+        low, high = self.window
+        # what lies outside becomes 0, as air does
+        air = int(np.floor(max(low, -1024))) if self.store.profile == "ct" else None
+        crop = self.store.read_crop(name, start.tolist(), self.crop_size.tolist(), fill=air)
         return torch.from_numpy(window(crop, low, high))[None]
 
 
-def window(volume_hu: np.ndarray, low: float, high: float) -> np.ndarray:
-    """HU to float32 in [0, 1], clipped."""
-    scaled = (volume_hu.astype(np.float32) - low) / (high - low)
+def window(volume: np.ndarray, low: float, high: float) -> np.ndarray:
+    """HU, or stored values of another profile, to float32 in [0, 1], clipped."""
+    scaled = (volume.astype(np.float32) - low) / (high - low)
     return np.clip(scaled, 0.0, 1.0, out=scaled)
 
 
@@ -246,6 +293,21 @@ class RankedBatches(Sampler[list[int]]):
         return max(self.batches - self.start, 0)
 
 
+class PairLoader(DataLoader):
+    """Ends its workers before Python waits for them: they do not hear the signal by which Python would."""
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        if self.num_workers:
+            atexit.register(_end_workers, weakref.ref(iterator))
+        return iterator
+
+
+def _end_workers(kept: weakref.ref) -> None:
+    if (iterator := kept()) is not None:  # an error's traceback may keep it
+        iterator._shutdown_workers()
+
+
 def pair_loader(
     dataset: PairDataset,
     batch_size: int,
@@ -260,7 +322,7 @@ def pair_loader(
 
     ``collate`` is best a ``MaskedBatch``, which draws masks and plans in the workers.
     """
-    return DataLoader(
+    return PairLoader(
         dataset,
         batch_sampler=RankedBatches(batch_size, batches, 0, rank, world_size),
         num_workers=workers,

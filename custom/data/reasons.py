@@ -115,6 +115,12 @@ class Reason(str, Enum):
     NO_PIXELS = "no_pixels", REJECTED, "A DICOM object without a picture (report, structure set, directory)."
 
     # -- among other scans --------------------------------------------------------------------------------
+    SPREAD_SERIES = (
+        "spread_series",
+        REJECTED,
+        "Slices of one DICOM series lie in several folders. Put them into one.",
+        True,
+    )
     DUPLICATE_ID = "duplicate_id", WARNED, "Two scans go by one id; a number was added.", True
     DUPLICATE = "duplicate", REJECTED, "The very voxels of another scan.", True
     NEAR_DUPLICATE = "near_duplicate", WARNED, "Looks like another scan, resampled or converted.", True

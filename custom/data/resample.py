@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import nibabel as nib
 import numpy as np
@@ -25,6 +26,65 @@ def spacing_of(affine: np.ndarray) -> np.ndarray:
     return np.linalg.norm(np.asarray(affine)[:3, :3], axis=0)
 
 
+@dataclass(frozen=True)
+class Regrid:
+    """How one grid becomes another along each axis.
+
+    Attributes:
+        source: voxels of the old grid.
+        shape: voxels of the new grid.
+        affine: of the new grid.
+        factors: new voxel size, in old voxels.
+        shift: by which new centres move along each axis, in old voxels.
+        same: nothing changes.
+    """
+
+    source: tuple[int, ...]
+    shape: tuple[int, ...]
+    affine: np.ndarray
+    factors: tuple[float, ...]
+    shift: tuple[float, ...]
+    same: bool
+
+    def centres(self, axis: int, start: int, stop: int) -> Tensor:
+        """Where new voxels' centres lie, in old voxels."""
+        index = torch.arange(start, stop, dtype=torch.float64)
+        return (index + 0.5) * self.factors[axis] - 0.5 + self.shift[axis]
+
+    def needed(self, axis: int, start: int, stop: int) -> tuple[int, int]:
+        """First and one-past-last old voxel that new voxels ``start`` to ``stop`` are made of."""
+        if self.same:
+            return start, stop
+        ends = self.centres(axis, start, stop)[[0, -1]]
+        reach = 2.0 + max(self.factors[axis], 1.0) / 2  # a voxel more than the filter is wide
+        last = self.source[axis] - 1
+        low, high = int(np.floor(float(ends[0]) - reach)), int(np.ceil(float(ends[1]) + reach))
+        return min(max(low, 0), last), min(max(high, 0), last) + 1
+
+
+def regrid(shape: Sequence[int], affine: np.ndarray, spacing: Sequence[float]) -> Regrid:
+    """The grid with another voxel size, outer voxel edges kept."""
+    factors = np.asarray(spacing, dtype=float) / spacing_of(affine)
+    source = tuple(int(n) for n in shape)
+    if np.allclose(factors, 1.0, atol=1e-6):
+        return Regrid(source, source, np.array(affine, dtype=float), (1.0,) * 3, (0.0,) * 3, True)
+    sizes = [max(1, round(n / f)) for n, f in zip(shape, factors, strict=True)]
+    new_affine = np.array(affine, dtype=float)
+    # the new first centre lies half a new voxel from the edge that both grids share; voxels keep the size
+    # asked for, so the far edge may move by less than half a voxel
+    new_affine[:3, :3] = affine[:3, :3] * factors
+    shift = (np.array(shape) - np.array(sizes) * factors) / 2
+    new_affine[:3, 3] = (affine @ np.r_[0.5 * (factors - 1) + shift, 1.0])[:3]
+    return Regrid(
+        source,
+        tuple(sizes),
+        new_affine,
+        tuple(float(f) for f in factors),
+        tuple(float(s) for s in shift),
+        False,
+    )
+
+
 def resample(
     volume: np.ndarray, affine: np.ndarray, spacing: Sequence[float], nearest: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -42,40 +102,49 @@ def resample(
     Returns:
         The volume in its own type (rounded if that is an integer), and its affine.
     """
-    factors = np.asarray(spacing, dtype=float) / spacing_of(affine)
-    sizes = [max(1, round(n / f)) for n, f in zip(volume.shape, factors, strict=True)]
-    new_affine = np.array(affine, dtype=float)
-    # the new first centre lies half a new voxel from the edge that both grids share; voxels keep the size
-    # asked for, so the far edge may move by less than half a voxel
-    new_affine[:3, :3] = affine[:3, :3] * factors
-    shift = (np.array(volume.shape) - np.array(sizes) * factors) / 2
-    new_affine[:3, 3] = (affine @ np.r_[0.5 * (factors - 1) + shift, 1.0])[:3]
-    if np.allclose(factors, 1.0, atol=1e-6):
-        return volume, np.array(affine, dtype=float)
+    plan = regrid(volume.shape, affine, spacing)
+    return resample_part(volume, plan, 2, 0, plan.shape[2], nearest), plan.affine
 
-    out = torch.from_numpy(np.ascontiguousarray(volume))
+
+def resample_part(
+    part: np.ndarray, plan: Regrid, axis: int, start: int, stop: int, nearest: bool = False
+) -> np.ndarray:
+    """New voxels ``start`` to ``stop`` along one axis, the same to the bit as when all are made at once.
+
+    Args:
+        part: old voxels ``plan.needed(axis, start, stop)`` along ``axis``, all along the others.
+        plan: of the whole volume.
+        axis, start, stop: which new voxels.
+        nearest: see :func:`resample`.
+    """
+    if plan.same:
+        return part
+    out = torch.from_numpy(np.ascontiguousarray(part))
     kept_type = out.dtype
     if not nearest:
         out = out.to(torch.float32)
-    extents = [float(f) if f > 1 else 0.0 for f in factors]
-    for axis in sorted(range(3), key=lambda a: sizes[a] / volume.shape[a]):  # shrink first: less to do
-        centres = (torch.arange(sizes[axis], dtype=torch.float64) + 0.5) * factors[axis] - 0.5 + shift[axis]
-        out = _pick(out, centres, axis) if nearest else _filter(out, centres, extents[axis], axis)
+    before = plan.needed(axis, start, stop)[0]
+    # shrink first: less to do
+    for along in sorted(range(3), key=lambda a: plan.shape[a] / plan.source[a]):
+        here = along == axis
+        centres = plan.centres(along, *(start, stop) if here else (0, plan.shape[along]))
+        first, size = before if here else 0, plan.source[along]
+        if nearest:
+            out = out.index_select(along, centres.round().long().clamp(0, size - 1) - first)
+        else:
+            factor = plan.factors[along]
+            out = _filter(out, centres, factor if factor > 1 else 0.0, along, first, size)
     if not kept_type.is_floating_point and not nearest:
         limits = torch.iinfo(kept_type)
         out = out.round_().clamp_(limits.min, limits.max).to(kept_type)
-    return out.numpy(), new_affine
+    return out.numpy()
 
 
-def _pick(volume: Tensor, centres: Tensor, axis: int) -> Tensor:
-    return volume.index_select(axis, centres.round().long().clamp(0, volume.shape[axis] - 1))
-
-
-def _filter(volume: Tensor, centres: Tensor, extent: float, axis: int) -> Tensor:
+def _filter(volume: Tensor, centres: Tensor, extent: float, axis: int, first_voxel: int, size: int) -> Tensor:
     """Weighted sums of the voxels around ``centres`` along one axis, edge voxels repeated.
 
     The weights average the linear interpolant over a new voxel's extent, so a linear ramp stays one exactly;
-    an extent of 0 is plain linear interpolation.
+    an extent of 0 is plain linear interpolation. ``volume`` may begin at ``first_voxel`` of ``size`` along the axis.
     """
     reach = 1.0 + extent / 2
     first = torch.floor(centres - reach).long() + 1
@@ -86,15 +155,19 @@ def _filter(volume: Tensor, centres: Tensor, extent: float, axis: int) -> Tensor
     else:
         weights = (1 - apart.abs()).clamp(min=0)
     weights = weights.to(volume.dtype)
-    positions = positions.clamp(0, volume.shape[axis] - 1)
+    positions = positions.clamp(0, size - 1)
     shape = [1, 1, 1]
     shape[axis] = len(centres)
+    used = (weights != 0).any(dim=0)
     out = torch.zeros(
         [len(centres) if a == axis else n for a, n in enumerate(volume.shape)], dtype=volume.dtype
     )
     for tap in range(positions.shape[1]):
-        if (weights[:, tap] != 0).any():
-            out.addcmul_(volume.index_select(axis, positions[:, tap]), weights[:, tap].view(shape))
+        if used[tap]:
+            index = (positions[:, tap] - first_voxel).clamp(
+                0, volume.shape[axis] - 1
+            )  # 0-weighted ones may lie outside
+            out.addcmul_(volume.index_select(axis, index), weights[:, tap].view(shape))
     return out
 
 

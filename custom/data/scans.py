@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import re
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
+
+from custom.data.intake import open_scan
+from custom.data.reasons import Fault, Reason
 
 logger = logging.getLogger(__name__)
 
@@ -177,10 +175,10 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Voxels and affine of a scan, whatever is wrong with the file said in one line.
 
     Args:
-        path: NIfTI through nibabel; NRRD and MetaImage through ITK.
+        path: NIfTI, NRRD or MetaImage; read as ``alice scan`` reads it, checksums and promised sizes included.
 
     Returns:
-        Array (X, Y, Z) as stored (scaled, if the header scales), and the voxel-to-world affine (4, 4) in RAS mm.
+        Array (X, Y, Z) as stored (float32, if the header scales), and the voxel-to-world affine (4, 4) in RAS mm.
 
     Raises:
         ScanError: naming the file and what is wrong with it.
@@ -188,41 +186,32 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     path = Path(path)
     if not path.is_file():
         raise ScanError(f"{path}: no such file.")
-    if path.stat().st_size == 0:
-        raise ScanError(f"{path}: the file is empty (0 bytes). Copy it again.")
     try:
-        if path.name.lower().endswith((".nii", ".nii.gz")):
-            image = nib.load(path)
-            volume, affine = np.asanyarray(image.dataobj), image.affine
-        else:
-            volume, affine = _read_itk(path)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ScanError(f"{path}: truncated or damaged ({error}). Copy it again.") from error
-    except (ImageFileError, HeaderDataError, OSError, ValueError, RuntimeError) as error:
-        raise ScanError(f"{path}: not a readable image ({str(error).splitlines()[0]}).") from error
-    if volume.dtype.fields is not None or volume.ndim != 3:
-        raise ScanError(
-            f"{path}: has shape {volume.shape}; a 3D volume is wanted. Split it, or leave it out."
-        )
+        voxels = open_scan(path, any_grid=True)
+    except Fault as fault:
+        raise ScanError(f"{path}: {_plainly(fault)}") from fault
+    volume, affine = voxels.scaled(voxels.raw), voxels.affine
     if min(volume.shape) < 2:
         raise ScanError(
             f"{path}: has shape {volume.shape}; a volume needs at least 2 slices along every axis."
         )
-    affine = np.asarray(affine, dtype=float)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ScanError(f"{path}: its affine cannot be inverted. Convert the scan again from its source.")
-    return volume, affine
+    return volume.astype(volume.dtype.newbyteorder("="), copy=False), affine
 
 
-def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    import itk  # slow to import, and only needed for these formats
-
-    image = itk.imread(str(path))
-    array = itk.array_from_image(image).transpose()
-    affine = np.eye(4)
-    affine[:3, :3] = itk.array_from_matrix(image.GetDirection()) * np.array(image.GetSpacing())
-    affine[:3, 3] = np.array(image.GetOrigin())
-    return array, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # ITK speaks LPS
+def _plainly(fault: Fault) -> str:
+    """A reason as the end of an error's line."""
+    if fault.reason is Reason.EMPTY_FILE:
+        return "the file is empty (0 bytes). Copy it again."
+    if fault.reason in (Reason.TRUNCATED, Reason.BAD_CHECKSUM):
+        return f"truncated or damaged ({fault.detail or fault.reason.value}). Copy it again."
+    if fault.reason in (Reason.TWO_D, Reason.FOUR_D) or (fault.reason is Reason.COLOUR and fault.detail):
+        shape = fault.detail.replace("[", "(").replace("]", ")")
+        return f"has {shape}; a 3D volume is wanted. Split it, or leave it out."
+    if fault.reason is Reason.SINGULAR_AFFINE:
+        return "its affine cannot be inverted. Convert the scan again from its source."
+    return f"not a readable image ({fault.reason.value}). {fault}"
 
 
 def check_hu(path: Path, volume: np.ndarray) -> np.ndarray:
@@ -238,14 +227,23 @@ def check_hu(path: Path, volume: np.ndarray) -> np.ndarray:
     low, high = float(volume.min()), float(volume.max())
     if low == high:
         raise ScanError(f"{path}: every voxel is {low:g}. The scan is empty.")
+    refuse_hu(path, low, high)
+    return np.clip(np.rint(volume), -1024, 3071).astype(np.int16)
+
+
+def refuse_hu(path: Path, low: float, high: float) -> None:
+    """Refuse values from ``low`` to ``high`` that cannot be Hounsfield units.
+
+    Raises:
+        ScanError: naming the file and the values.
+    """
     if high < -500:
         raise ScanError(f"{path}: all air (largest value {high:g} HU). Leave it out.")
     if low > -200:
         raise ScanError(
             f"{path}: values run from {low:g} to {high:g}, without air: these are no Hounsfield units "
-            "(MR, or CT without its intercept?). Convert it to HU or leave it out."
+            "(MR, or CT without its intercept?). Convert it to HU, give its profile (mr), or leave it out."
         )
-    return np.clip(np.rint(volume), -1024, 3071).astype(np.int16)
 
 
 def patients_of(scans: Sequence[Scan]) -> list[str]:

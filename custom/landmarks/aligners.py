@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from custom.landmarks.consensus import PairMap, body_cells, fit_pair_map, match_near
-from custom.landmarks.embeddings import EmbeddingFolder
+from custom.landmarks.embedding_folder import EmbeddingFolder
 from custom.landmarks.geometry import to_voxels, to_world
-from custom.landmarks.matching import REFUSED, Matches, Method, match_points
+from custom.landmarks.matching import Matches, match_points
+from custom.landmarks.search import REFUSED, Method
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +256,7 @@ class SamAligner:
         self._open()
 
     def align(self, scan_q: str, point_mm: np.ndarray, scan_k: str, rng: np.random.Generator) -> Match:
-        """As :meth:`Aligner.align`; score -1 for a match refused, with nan for a point off the body."""
+        """As :meth:`Aligner.align`; score -1 for a match refused; nan for a point off the body."""
         matches = self.match(scan_q, point_mm, scan_k)
         point, score = matches.points_mm[0], float(matches.scores[0])
         if self.max_cycle_mm is not None and score >= self.threshold:
@@ -271,9 +272,10 @@ class SamAligner:
             return match_points(points_mm, query, key, method=self.method, refine=True)
         points = np.atleast_2d(np.asarray(points_mm, dtype=float))
         pair = self.pair_map(scan_q, scan_k)
+        matches = match_near(points, pair(points), query, key)
         if pair.support < self.min_support:
-            return Matches(np.full(points.shape, np.nan), np.full(len(points), REFUSED))
-        return match_near(points, pair(points), query, key)
+            return Matches(matches.points_mm, np.full(len(points), REFUSED))
+        return matches
 
     def _open(self) -> None:
         self.pair_map = functools.lru_cache(self.max_pairs)(self._fit)

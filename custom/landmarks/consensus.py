@@ -12,21 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from custom.landmarks.matching import (
-    REFUSED,
+from custom.landmarks.lattice import flat_index, interpolate_at
+from custom.landmarks.matching import Matches
+from custom.landmarks.scan_grid import cell_to_world, world_to_cell
+from custom.landmarks.search import REFUSED, similarities
+from custom.landmarks.searchable import (
     EmbeddingMap,
-    Matches,
     Searchable,
     coarse_vectors,
-    flat_index,
-    inside_grid,
-    interpolate_at,
-    lattice_weights,
     prepare,
     query_cells,
-    similarities,
 )
-from custom.landmarks.sam import cell_to_world, world_to_cell
 
 Array = NDArray[Any]
 
@@ -200,15 +196,15 @@ def match_near(
         embedding_k: of the scan to search.
 
     Returns:
-        Points and scores, as :func:`custom.landmarks.matching.match_points`; refused (nan, -1) are points off Q's body
-        and points expected off K's.
+        Points and scores. A point off Q's grid or body gets nan and -1. One that is expected off K's, by more than
+        8 mm, is given where it is expected, with score -1: not to be used as a match.
     """
     points, expected = (np.atleast_2d(np.asarray(p, dtype=float)) for p in (points_mm, expected_mm))
     map_q, map_k = prepare(embedding_q), prepare(embedding_k)
     cells, inside = query_cells(points, map_q)
-    inside &= inside_grid(expected, map_k)
     found, scores = np.full(points.shape, np.nan), np.full(len(points), REFUSED)
-    asked = np.flatnonzero(inside)
+    found[inside] = expected[inside]
+    asked = np.flatnonzero(inside & (_outside_mm(expected, map_k) <= NEAR_MM))
     if not len(asked):
         return Matches(found, scores)
     fine, coarse = map_q.fine_vectors(cells[asked]), coarse_vectors(map_q, cells[asked])
@@ -230,6 +226,15 @@ def match_near(
         found[i] = share @ places / share.sum() + off_middle[row]
         scores[i] = total[likely.argmax()]
     return Matches(found, scores)
+
+
+def _outside_mm(points_mm: Array, scan: EmbeddingMap) -> Array:
+    """How far points lie outside of a scan's voxels, along the axis where it is most; infinite for nan."""
+    inverse = np.linalg.inv(scan.affine)
+    voxels = points_mm @ inverse[:3, :3].T + inverse[:3, 3]
+    off = np.maximum(-0.5 - voxels, voxels - (np.array(scan.shape) - 0.5)).max(axis=1)
+    spacing = np.linalg.norm(scan.affine[:3, :3], axis=0).max()
+    return np.nan_to_num(off * spacing, nan=np.inf)
 
 
 def _cells_near(point_mm: Array, scan: EmbeddingMap) -> Array:

@@ -2,59 +2,25 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
-from scipy.spatial import cKDTree
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from custom.data.phantom import read_canonical
 from custom.data.profiles import require_ct
 from custom.data.store import VolumeStore
 from custom.landmarks.geometry import to_voxels, to_world
-from custom.landmarks.sam import CENTRES_ZYX, SPACING_MM, STRIDES_ZYX, Level, hu_to_units
+from custom.landmarks.look import CURVE_HU, Look, rotation_matrix, see
+from custom.landmarks.places import Places
+from custom.landmarks.scan_grid import CENTRES_ZYX, SPACING_MM, STRIDES_ZYX, Level, hu_to_units
+from custom.landmarks.view_cells import Cells, cell_indices, matched_cells
 
 Array = NDArray[Any]
-AIR_HU = -1024
 FOUND_MM = 15.0  # a place found no nearer than this lies outside of the scan (samples are up to 12 mm apart)
 AXES = np.diag([-1.0, -1.0, 1.0])  # a view's x, y, z grow towards Left, Posterior, Superior; the world is RAS
-# outside of soft tissue a curve of intensities keeps its slope of 1 (lung, bone and metal stay what they are)
-CURVE_HU = np.array([-200.0, -100.0, -30.0, 0.0, 30.0, 60.0, 100.0, 150.0, 220.0, 320.0])
-
-
-class Places(Protocol):
-    """A space in which all scans that it knows share their anatomy (phantoms have one)."""
-
-    def __contains__(self, name: str) -> bool: ...
-    def at(self, name: str, points_mm: Array) -> Array: ...
-    def find(self, name: str, place_mm: Array) -> Array: ...
-
-
-class Look(NamedTuple):
-    """How a view sees the scan: drawn once, used by plain functions.
-
-    Attributes:
-        affine: (4, 4), voxel of the view (x, y, z) to world mm (RAS).
-        curve: (n,) new HU of ``CURVE_HU``.
-        blur: voxels, standard deviation.
-        noise: HU, standard deviation.
-        noise_seed: of the noise itself.
-    """
-
-    affine: Array
-    curve: Array
-    blur: float
-    noise: float
-    noise_seed: int
 
 
 class ViewPairs(Dataset):
@@ -251,180 +217,3 @@ class ViewPairs(Dataset):
             found = matched_cells(here, there, self.coarse_match_mm, self.coarse_match_z_mm)
             rows = len(here.inside)
         return np.concatenate([found, np.full((rows - len(found), 2), -1)]).astype(np.int64)
-
-
-class Cells(NamedTuple):
-    """Cells of a feature map: where they are, which lie in the scan, and which in the body."""
-
-    places_mm: Array  # (N, 3)
-    inside: Array  # bool (N,)
-    body: Array  # bool (N,)
-
-
-def cell_indices(size_xyz: Sequence[int] | Array, level: Level) -> Array:
-    """Indices (N, 3), z, y, x, of all cells that SAM gives a volume of this size, in the maps' order."""
-    x, y, z = (int(n) for n in size_xyz)
-    z //= 2  # the pool rounds down, the convolutions up
-    y, x = -(-y // 2), -(-x // 2)
-    if level == "coarse":
-        z, y, x = -(-z // 2), -(-y // 8), -(-x // 8)
-    return np.stack(np.meshgrid(np.arange(z), np.arange(y), np.arange(x), indexing="ij"), -1).reshape(-1, 3)
-
-
-def matched_cells(
-    here: Cells,
-    there: Cells,
-    within_mm: float,
-    within_z_mm: float = np.inf,
-    rng: np.random.Generator | None = None,
-    tried: int | None = None,
-) -> Array:
-    """Cells of the body with a counterpart: (n, 2) rows of (cell here, the nearest cell there).
-
-    Args:
-        here, there: cells of both views, in one space.
-        within_mm, within_z_mm: how far the nearest cell may be, in all and along z.
-        rng: to take the cells in random order; None keeps the maps' order.
-        tried: how many cells to look at; None for all.
-    """
-    candidates, targets = np.flatnonzero(here.body), np.flatnonzero(there.inside)
-    if rng is not None:
-        candidates = rng.permutation(candidates)[:tried]
-    if not len(candidates) or not len(targets):
-        return np.empty((0, 2), dtype=np.int64)
-    distance, nearest = cKDTree(there.places_mm[targets]).query(here.places_mm[candidates])
-    apart_z = np.abs(there.places_mm[targets[nearest], 2] - here.places_mm[candidates, 2])
-    good = (distance < within_mm) & (apart_z < within_z_mm)
-    return np.stack([candidates[good], targets[nearest[good]]], axis=1)
-
-
-def see(store: VolumeStore, name: str, look: Look, size: Array) -> Array:
-    """A view of a scan: float32 (Z, Y, X) in HU, linear interpolation, air outside of the scan."""
-    to_store = np.linalg.inv(store.affine(name)) @ look.affine
-    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in size], indexing="ij"), -1).reshape(-1, 3)
-    reach = to_world(to_store, corners)
-    start = np.floor(reach.min(axis=0)).astype(int) - 1
-    box = np.ceil(reach.max(axis=0)).astype(int) + 2 - start
-    volume = torch.from_numpy(store.read_crop(name, start, box, fill=AIR_HU).astype(np.float32))  # (X, Y, Z)
-
-    index = [torch.arange(int(n), dtype=torch.float32) for n in size]
-    matrix, origin = (
-        torch.from_numpy(to_store[:3, :3]).float(),
-        torch.from_numpy(to_store[:3, 3] - start).float(),
-    )
-    grid_z, grid_y, grid_x = torch.meshgrid(index[2], index[1], index[0], indexing="ij")
-    place = torch.stack([grid_x, grid_y, grid_z], -1) @ matrix.T + origin  # voxels of the box
-    relative = (2 * place + 1) / torch.from_numpy(box).float() - 1
-    # grid_sample's last axis names the input's axes from the last to the first
-    view = F.grid_sample(
-        volume[None, None], relative.flip(-1)[None], padding_mode="border", align_corners=False
-    )
-    return paint(view[0, 0].numpy(), look)
-
-
-def paint(view_hu: Array, look: Look) -> Array:
-    """A view with its own contrast, sharpness and noise."""
-    bent = np.interp(view_hu, CURVE_HU, look.curve)
-    below, above = view_hu < CURVE_HU[0], view_hu > CURVE_HU[-1]
-    bent = np.where(below, view_hu + look.curve[0] - CURVE_HU[0], bent)
-    bent = np.where(above, view_hu + look.curve[-1] - CURVE_HU[-1], bent).astype(np.float32)
-    if look.blur > 0:
-        bent = gaussian_filter(bent, look.blur)
-    if look.noise > 0:
-        noise = np.random.default_rng(look.noise_seed).standard_normal(bent.shape, dtype=np.float32)
-        bent = bent + np.float32(look.noise) * noise
-    return bent
-
-
-def rotation_matrix(angles: Array) -> Array:
-    """Turns about x, y and z, in this order, by angles in radians."""
-    (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
-    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
-    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-    about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
-    return about_z @ about_y @ about_x
-
-
-class PhantomPlaces:
-    """The space that phantoms share: their canonical coordinates, linear between samples 4 to 6 mm apart.
-
-    Args:
-        folder: as ``write_cohort`` leaves it, with its ``canonical`` maps.
-        store: built from it.
-
-    Raises:
-        ValueError: if the folder has no maps of the store's scans.
-    """
-
-    def __init__(self, folder: str | Path, store: VolumeStore) -> None:
-        self.maps: dict[str, tuple[Tensor, Array]] = {}
-        for name in store.names:
-            path = Path(folder) / "canonical" / f"{name.removesuffix('_0000')}.npz"
-            image = Path(folder) / "images" / f"{name}.nii.gz"
-            if path.is_file() and image.is_file():
-                canonical = read_canonical(path)[::2, ::2, ::2]
-                affine = nib.load(image).affine @ np.diag([2.0, 2.0, 2.0, 1.0])
-                self.maps[name] = (
-                    torch.from_numpy(np.ascontiguousarray(canonical)).permute(3, 0, 1, 2)[None],
-                    affine,
-                )
-        if not self.maps:
-            raise ValueError(
-                f"{folder}: no canonical maps of the scans in {store.path}. Write them: alice phantom."
-            )
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.maps
-
-    def at(self, name: str, points_mm: Array) -> Array:
-        """Coordinates (n, 3) in the shared space of points (n, 3) in world mm."""
-        canonical, affine = self.maps[name]
-        sizes = np.array(canonical.shape[2:])
-        relative = 2 * to_voxels(affine, points_mm) / (sizes - 1) - 1
-        grid = torch.from_numpy(relative[:, ::-1].copy()).float()[None, None, None]
-        values = F.grid_sample(canonical, grid, padding_mode="border", align_corners=True)
-        return values[0, :, 0, 0].T.numpy().astype(np.float64)
-
-    def find(self, name: str, place_mm: Array) -> Array:
-        """About where (within a sample) a place of the shared space lies in a scan: (3,), world mm."""
-        canonical, affine = self.maps[name]
-        some = canonical[0, :, ::2, ::2, ::2]
-        distance = (
-            (some - torch.from_numpy(np.asarray(place_mm)).float()[:, None, None, None]).square().sum(0)
-        )
-        voxel = 2 * np.array(np.unravel_index(int(distance.argmin()), distance.shape))
-        return to_world(affine, voxel)
-
-
-def phantom_places(folder: str | Path | None, store: VolumeStore) -> PhantomPlaces | None:
-    """The space that the phantoms in ``folder`` share; None if there is no folder."""
-    return None if folder is None else PhantomPlaces(folder, store)
-
-
-def training_names(
-    store: VolumeStore, held_back: str | None = None, repeats: Mapping[str, int] | None = None
-) -> list[str]:
-    """The scans to train on, some of them more often than once a round.
-
-    Args:
-        store: all scans.
-        held_back: regular expression; a scan whose name it is found in is never trained on.
-        repeats: regular expression -> how often scans are listed whose name it is found in (the first that is).
-
-    Raises:
-        ValueError: if an expression is none, or no scan is left.
-    """
-    try:
-        rules = [(re.compile(pattern), int(times)) for pattern, times in (repeats or {}).items()]
-        barred = re.compile(held_back) if held_back else None
-    except re.error as error:
-        raise ValueError(
-            f"held_back = {held_back!r}, repeats = {repeats}: no regular expression ({error})."
-        ) from error
-    names: list[str] = []
-    for name in store.names:
-        if barred is None or not barred.search(name):
-            names += [name] * next((times for rule, times in rules if rule.search(name)), 1)
-    if not names:
-        raise ValueError(f"{store.path}: held_back = {held_back!r} leaves no scan to train on.")
-    return names

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from custom.landmarks.sam import HU_RANGE, SAM, SPACING_MM
+from custom.landmarks.sam import SAM
+from custom.landmarks.scan_grid import HU_RANGE, SPACING_MM
 
 FORMAT = "alice-sam-1"
 KEY = "sam"  # of the metadata, which is one JSON text

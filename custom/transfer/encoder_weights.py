@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import logging
@@ -57,6 +58,7 @@ class LoadReport:
             "scans",
             "spacing",
             "window_hu",
+            "profile",
             "orientation",
             "crop_size",
             "monai_version",
@@ -242,6 +244,33 @@ def build_encoder(metadata: dict[str, Any]) -> nn.Module:
             f"The metadata names the network {metadata.get('network_type')!r}; known: {', '.join(kinds)}."
         )
     return kinds[metadata["network_type"]](**metadata["network"])
+
+
+def resize_encoder(encoder: nn.Module, settings: dict[str, Any], img_size: Sequence[int]) -> nn.Module:
+    """A copy of the encoder for crops of another size: its position table interpolated, all else the same.
+
+    Args:
+        encoder: as a run has it.
+        settings: the arguments it was built with, ``img_size`` and ``patch_size`` among them.
+        img_size: voxels along x, y, z of the crops it will see.
+
+    Raises:
+        WeightsError: for an encoder without a position table, or a size that its patches do not divide.
+    """
+    name = next((n for n in _POSITIONS if n in encoder.state_dict()), None)
+    if name is None:
+        kind = type(encoder).__name__
+        raise WeightsError(f"{kind} has no position table and fits crops of any size: leave img_size out.")
+    patch = settings["patch_size"]
+    if len(img_size) != 3 or any(s < p or s % p for s, p in zip(img_size, patch, strict=True)):
+        raise WeightsError(f"img_size {list(img_size)}: patches of {list(patch)} voxels do not divide it.")
+    here, there = (
+        [s // p for s, p in zip(size, patch, strict=True)] for size in (settings["img_size"], img_size)
+    )
+    resized = copy.deepcopy(encoder)
+    table = dict([*resized.named_parameters(), *resized.named_buffers()])[name]
+    table.data = resize_positions(table.data, here, there)
+    return resized
 
 
 def sha256_of(state: dict[str, Tensor]) -> str:
