@@ -22,25 +22,17 @@ import torch
 
 from custom.data.build import build_store
 from custom.data.pairs import window
+from custom.data.store import write_text
 from custom.landmarks.aligners import SamAligner
-from custom.landmarks.embeddings import (
-    FORMAT,
-    INDEX,
-    StoredEmbedding,
-    body_cells,
-    embedding_path,
-    save_embedding,
-    write_text,
-)
+from custom.landmarks.embedding_file import FORMAT, save_embedding
+from custom.landmarks.embedding_folder import INDEX, embedding_path
+from custom.landmarks.embeddings import body_cells
 from custom.landmarks.geometry import to_voxels, to_world
-from custom.landmarks.matching import REFUSED, Matches, match_points, upsample
-from custom.landmarks.sam import (
-    EMBEDDING_DIM,
-    Level,
-    ScanEmbedding,
-    cell_to_world,
-    world_to_cell,
-)
+from custom.landmarks.matching import Matches, match_points
+from custom.landmarks.sam import EMBEDDING_DIM
+from custom.landmarks.scan_grid import Level, ScanEmbedding, cell_to_world, world_to_cell
+from custom.landmarks.search import REFUSED, upsample
+from custom.landmarks.stored_embedding import StoredEmbedding
 
 SPACING = (0.8, 0.8, 1.5)
 CROP = np.array([192, 192, 64])

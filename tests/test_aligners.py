@@ -20,9 +20,12 @@ from custom.landmarks.aligners import (
     make_aligner,
     register_affine,
 )
-from custom.landmarks.embeddings import EmbeddingError, EmbeddingFolder, embed_store
+from custom.landmarks.embedding_file import EmbeddingError
+from custom.landmarks.embedding_folder import EmbeddingFolder
+from custom.landmarks.embeddings import embed_store
 from custom.landmarks.geometry import to_world
-from custom.landmarks.sam import CENTRES_ZYX, SAM, STRIDES_ZYX, SAMMaps
+from custom.landmarks.sam import SAM, SAMMaps
+from custom.landmarks.scan_grid import CENTRES_ZYX, STRIDES_ZYX
 from custom.landmarks.weights import save_sam
 
 WEIGHTS = "a" * 64

@@ -9,7 +9,7 @@ from test_matching import waves
 
 from custom.landmarks.consensus import PairMap, body_cells, fit_pair_map, match_near, robust_affine
 from custom.landmarks.matching import match_points
-from custom.landmarks.sam import STRIDES_ZYX, ScanEmbedding, cell_to_world
+from custom.landmarks.scan_grid import STRIDES_ZYX, ScanEmbedding, cell_to_world
 
 SHAPE = (96, 80, 64)  # voxels of 2 mm along x, y, z
 AFFINE = np.diag([-2.0, -2.0, 2.0, 1.0])

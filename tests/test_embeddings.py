@@ -12,22 +12,13 @@ from test_aligners import CentredWaves
 from test_matching import points_inside, structured
 
 from custom.data.store import VolumeStore
-from custom.landmarks.embeddings import (
-    EmbeddingError,
-    EmbeddingFolder,
-    StoredEmbedding,
-    body_cells,
-    embed_folder,
-    embed_store,
-    embedding_path,
-    levels_of,
-    pack,
-    quantise,
-    save_embedding,
-    unpack,
-)
+from custom.landmarks.embedding_file import EmbeddingError, save_embedding
+from custom.landmarks.embedding_folder import EmbeddingFolder, embedding_path
+from custom.landmarks.embeddings import body_cells, embed_folder, embed_store
 from custom.landmarks.matching import match_points
+from custom.landmarks.packing import levels_of, pack, quantise, unpack
 from custom.landmarks.sam import embed_scan
+from custom.landmarks.stored_embedding import StoredEmbedding
 
 WEIGHTS = "a" * 64
 

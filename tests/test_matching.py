@@ -6,17 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from custom.landmarks import matching
-from custom.landmarks.matching import (
-    carry_across,
-    coarse_vectors,
-    cycle_error,
-    match_points,
-    prepare,
-    structural_match,
-    upsample,
-)
-from custom.landmarks.sam import ScanEmbedding, cell_to_world
+from custom.landmarks import searchable
+from custom.landmarks.matching import cycle_error, match_points
+from custom.landmarks.scan_grid import ScanEmbedding, cell_to_world
+from custom.landmarks.search import upsample
+from custom.landmarks.searchable import coarse_vectors, inside_grid, prepare
+from custom.landmarks.structural import carry_across, structural_match
 
 SHAPE = (59, 47, 43)  # voxels x, y, z of the 2 mm grid; 43 slices leave the last without a cell
 
@@ -112,7 +107,7 @@ def test_a_shift_by_whole_cells_is_found(method):
 def test_a_point_matched_to_its_own_scan_stays_within_half_a_cell(method):
     points = points_inside(30)
     embedding = structured(noise=0.3, tilt=0.2)
-    points = points[matching.inside_grid(points, prepare(embedding))]
+    points = points[inside_grid(points, prepare(embedding))]
     plain = match_points(points, embedding, embedding, method=method)
     back = (plain.points_mm - points) @ np.linalg.inv(embedding.affine[:3, :3]).T
     assert np.abs(back).max() <= 1.0 + 1e-6  # voxels along each axis: half a cell
@@ -194,12 +189,12 @@ def test_arguments_that_cannot_be_meant_are_refused():
 
 def test_what_was_prepared_goes_with_its_embedding():
     embedding = structured()
-    before = len(matching._prepared)
+    before = len(searchable._prepared)
     prepare(embedding)
     assert prepare(embedding) is prepare(embedding)
-    assert len(matching._prepared) == before + 1
+    assert len(searchable._prepared) == before + 1
     del embedding
-    assert len(matching._prepared) == before
+    assert len(searchable._prepared) == before
 
 
 # -- structural inference ------------------------------------------------------------------------------------

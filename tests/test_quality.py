@@ -12,28 +12,13 @@ from custom.data.build import build_store
 from custom.data.phantom import write_cohort
 from custom.data.store import VolumeStore
 from custom.landmarks.aligners import CoordinateAligner, Match, RandomAligner
+from custom.landmarks.alignment_page import planes
 from custom.landmarks.geometry import to_world
-from custom.landmarks.quality import (
-    WARPED,
-    Figures,
-    alignment_table,
-    ask,
-    check_alignment,
-    deform,
-    distance_to_structure,
-    draw_pairs,
-    draw_warp,
-    errors_mm,
-    known_warp,
-    label_transfer,
-    landmark_error,
-    phantom_error,
-    phantom_truth,
-    planes,
-    read_landmarks,
-    structure_centroid_error,
-    write_warped,
-)
+from custom.landmarks.known_warp import WARPED, deform, draw_warp, write_warped
+from custom.landmarks.label_transfer import distance_to_structure, label_transfer, structure_centroid_error
+from custom.landmarks.measures import Figures, ask, errors_mm, known_warp, landmark_error, phantom_error
+from custom.landmarks.quality import alignment_table, check_alignment, draw_pairs
+from custom.landmarks.truth import phantom_truth, read_landmarks
 
 
 class Shift:

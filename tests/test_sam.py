@@ -8,15 +8,8 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from custom.landmarks.sam import (
-    SAM,
-    cell_to_world,
-    embed_scan,
-    hu_to_units,
-    read_scan,
-    to_grid,
-    world_to_cell,
-)
+from custom.landmarks.sam import SAM, embed_scan
+from custom.landmarks.scan_grid import cell_to_world, hu_to_units, read_scan, to_grid, world_to_cell
 
 
 @pytest.fixture(scope="module")

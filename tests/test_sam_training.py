@@ -21,21 +21,14 @@ from custom.data.pairs import pair_loader
 from custom.data.phantom import find_canonical, make_phantom, write_cohort
 from custom.landmarks.contrast import Memory, SAMLoss, hardest, info_nce
 from custom.landmarks.geometry import to_world
-from custom.landmarks.sam import SAM, SAMMaps, hu_to_units
+from custom.landmarks.look import CURVE_HU, Look, rotation_matrix, see
+from custom.landmarks.places import PhantomPlaces, phantom_places
+from custom.landmarks.sam import SAM, SAMMaps
+from custom.landmarks.scan_grid import hu_to_units
 from custom.landmarks.training import SAMTrainer, newest_checkpoint, start_from
-from custom.landmarks.views import (
-    CURVE_HU,
-    Cells,
-    Look,
-    PhantomPlaces,
-    ViewPairs,
-    cell_indices,
-    matched_cells,
-    phantom_places,
-    rotation_matrix,
-    see,
-    training_names,
-)
+from custom.landmarks.training_scans import training_names
+from custom.landmarks.view_cells import Cells, cell_indices, matched_cells
+from custom.landmarks.views import ViewPairs
 from custom.landmarks.weights import load_sam_weights, note_in_weights, read_sam_metadata, save_sam
 from custom.preflight import check_keys
 

@@ -102,7 +102,9 @@ def test_stored_voxels_are_the_scan_and_labels_lie_on_them(store, scans):
     cut = tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
     assert np.prod(shape) < image.dataobj.shape[0] * image.dataobj.shape[1] * image.dataobj.shape[2]
     assert np.array_equal(store.read_crop(name, (0, 0, 0), shape), np.asarray(image.dataobj)[cut])
-    np.testing.assert_allclose(to_world(store.affine(name), [5, 6, 7]), to_world(image.affine, start + [5, 6, 7]))
+    np.testing.assert_allclose(
+        to_world(store.affine(name), [5, 6, 7]), to_world(image.affine, start + np.array([5, 6, 7]))
+    )
     label = store.read_label_crop(name, (0, 0, 0), shape)
     assert np.array_equal(label, np.asarray(nib.load(scans / f"{name}_label.nii.gz").dataobj)[cut])
     assert store.records[name].labels == [1, 2]

@@ -92,7 +92,7 @@ def build_store(
         ValueError: for a spacing, profile or margin that is none.
     """
     asked = {"profile": profile, "crop_body": crop_body, "margin_mm": margin_mm, "remove_table": remove_table}
-    run = _Build(source, Path(store), spacing, asked, patient_pattern)
+    run = _Build(source, store, spacing, asked, patient_pattern)
     run.work(None, bad_scans_allowed, workers, progress, check_disk)
     run.finish(bad_scans_allowed)
     return VolumeStore(store)
@@ -124,7 +124,7 @@ def build_part(
     Returns:
         The store, if it is complete now.
     """
-    run = _Build(source, Path(store), spacing, asked, patient_pattern)
+    run = _Build(source, store, spacing, asked, patient_pattern)
     run.work(part, bad_scans_allowed, workers, progress, check_disk)
     left = run.left()
     if left:
@@ -140,18 +140,18 @@ class _Build:
     def __init__(
         self,
         source: str | Path | Sequence[Scan],
-        store: Path,
+        store: str | Path,
         spacing: Sequence[float],
         asked: dict[str, Any],
         patient_pattern: str | None,
     ) -> None:
-        if is_url(str(store)):
+        if is_url(store):
             raise StoreError(f"{store}: a store is built in a folder; copy it to the URL afterwards.")
         if len(spacing) != 3 or not all(0.1 <= s <= 20 for s in spacing):
             raise ValueError(f"spacing must be three numbers of mm between 0.1 and 20, got {list(spacing)}.")
-        self.store, profile = store, None
+        self.store, profile = (store := Path(store)), None
         index = read_index(store) if (store / "index.json").is_file() else {}
-        if isinstance(source, (list, tuple)):
+        if not isinstance(source, str | Path):
             self.scans = list(source)
         else:  # a store remembers how its patients were told apart
             patient_pattern = patient_pattern or index.get("patient_pattern")

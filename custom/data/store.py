@@ -67,7 +67,7 @@ class VolumeStore:
     """
 
     def __init__(self, path: str | Path, cache: str | Path | None = None) -> None:
-        self._remote = RemoteFolder(str(path), cache) if is_url(path) else None  # type: ignore[arg-type]
+        self._remote = RemoteFolder(str(path), cache) if is_url(path) else None
         if self._remote is None:
             self.path = Path(path)
         else:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from custom.landmarks.lattice import flat_index, interpolate_at
+from custom.landmarks.lattice import flat_index, interpolate_at, lattice_weights
 from custom.landmarks.matching import Matches
 from custom.landmarks.scan_grid import cell_to_world, world_to_cell
 from custom.landmarks.search import REFUSED, similarities

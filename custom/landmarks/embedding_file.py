@@ -1,0 +1,193 @@
+"""The file of a scan's embeddings: its format, written whole or not at all, checked when it is opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from custom.landmarks.lattice import coarse_norm, lattice_weights, pool
+from custom.landmarks.packing import FINE_BITS, levels_of, pack, quantise, row_lengths
+from custom.landmarks.scan_grid import ScanEmbedding, Triple
+
+FORMAT = "alice-embedding-1"
+_SECTIONS = {
+    "pooled": "I8",
+    "pooled_length": "F32",
+    "pooled_norm": "F16",
+    "coarse": "F16",
+    "coarse_norm": "F16",
+    "body": "U8",
+    "fine": "U8",
+}
+_DTYPES = {"I8": np.int8, "U8": np.uint8, "F16": np.float16, "F32": np.float32}
+
+
+class EmbeddingError(ValueError):
+    """Embeddings that cannot be used; the message names the file and the way out."""
+
+
+@dataclass(frozen=True)
+class EmbeddingHeader:
+    """What a file says of itself.
+
+    Attributes:
+        name: the scan's.
+        weights_sha256: of the network that made it.
+        source_sha256: of the scan it was made from.
+        grid: fine cells along z, y, x.
+        shape: voxels of the 2 mm grid along x, y, z.
+        affine: of that grid, voxel (x, y, z) to world mm (RAS).
+        dim: numbers per embedding, C.
+        fine_bits: per number of a fine cell.
+        content_sha256: of all sections.
+    """
+
+    name: str
+    weights_sha256: str
+    source_sha256: str
+    grid: Sequence[int]
+    shape: Sequence[int]
+    affine: Sequence[Sequence[float]]
+    dim: int
+    fine_bits: int
+    content_sha256: str
+
+
+class Saved(NamedTuple):
+    """A written file: its size, and what rounding cost (cosine of fine vectors before and after)."""
+
+    path: Path
+    num_bytes: int
+    mean_cosine: float
+    lowest_cosine: float
+
+
+def save_embedding(
+    path: str | Path,
+    embedding: ScanEmbedding,
+    weights_sha256: str,
+    source_sha256: str,
+    *,
+    name: str | None = None,
+    body: NDArray[np.bool_] | None = None,
+    fine_bits: int = FINE_BITS,
+) -> Saved:
+    """Write a scan's embeddings, whole or not at all.
+
+    A safetensors file, used in place through a memory map, so that a search reads the cells it looks at and no
+    others: fine vectors in steps of their own largest number (their length is known to be 1, so no scale is
+    stored), packed to ``fine_bits`` a number; means of 2 x 2 x 2 fine cells as int8; coarse vectors and the lengths
+    of interpolated ones in fp16.
+
+    Args:
+        path: to write.
+        embedding: of the scan.
+        weights_sha256: of the network's file.
+        source_sha256: of the scan.
+        name: the scan's; the path's stem by default.
+        body: bool (z, y, x) of fine cells; only these are stored and found. None for all.
+        fine_bits: 4 to 8.
+
+    Returns:
+        Size and rounding error.
+
+    Raises:
+        ValueError: if ``body`` has another grid or holds nothing, or ``fine_bits`` is out of range.
+    """
+    path = Path(path)
+    rows = np.ascontiguousarray(embedding.fine.detach().float().cpu().permute(1, 2, 3, 0).numpy())
+    coarse = embedding.coarse.detach().float().cpu().permute(1, 2, 3, 0).numpy().astype(np.float16)
+    grid: Triple = (rows.shape[0], rows.shape[1], rows.shape[2])
+    if not 4 <= fine_bits <= 8:
+        raise ValueError(f"fine_bits must be in 4 to 8, got {fine_bits}.")
+    if body is None:
+        body = np.ones(grid, bool)
+    if body.shape != grid or not body.any():
+        raise ValueError(
+            f"body must be bool {grid} with something in it, got {body.shape}, {body.sum()} cells."
+        )
+
+    pooled, used = pool(rows, body)
+    pooled_rows = quantise(pooled[used], 127)
+    known = coarse.astype(np.float32)  # norms of what is stored, not of what was given
+    sections: dict[str, NDArray[Any]] = {
+        "pooled": pooled_rows,
+        "pooled_length": row_lengths(pooled_rows),
+        "pooled_norm": coarse_norm(known, lattice_weights(grid, coarse.shape[:3], 2)).astype(np.float16),
+        "coarse": np.ascontiguousarray(coarse),
+        "coarse_norm": coarse_norm(known, lattice_weights(grid, coarse.shape[:3], 1)).astype(np.float16),
+        "body": np.packbits(body),
+    }
+    steps = quantise(rows[body], levels_of(fine_bits))
+    cosines = np.einsum("nc,nc->n", rows[body], steps.astype(np.float32)) / row_lengths(steps)
+    sections["fine"] = pack(steps, fine_bits)
+    header = EmbeddingHeader(
+        name=path.stem if name is None else name,
+        weights_sha256=weights_sha256,
+        source_sha256=source_sha256,
+        grid=grid,
+        shape=[int(n) for n in embedding.shape],
+        affine=np.asarray(embedding.affine, float).tolist(),
+        dim=rows.shape[-1],
+        fine_bits=fine_bits,
+        content_sha256=digest_of(sections),
+    )
+    # one entry: safetensors writes several in any order, and equal embeddings shall give equal files
+    metadata = {"alice": json.dumps({"format": FORMAT, **asdict(header)})}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        safetensors.numpy.save_file(sections, temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Saved(path, path.stat().st_size, float(cosines.mean()), float(cosines.min()))
+
+
+def digest_of(sections: dict[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(sections):
+        digest.update(key.encode())
+        digest.update(np.ascontiguousarray(sections[key]).tobytes())
+    return digest.hexdigest()
+
+
+def read_header(path: Path) -> tuple[EmbeddingHeader, dict[str, tuple[Any, tuple[int, ...], int]], int]:
+    """Of a safetensors file: ours, where each section lies (dtype, shape, first byte), and where data begin."""
+    if not path.is_file():
+        raise EmbeddingError(f"{path}: missing. Embed the scan: alice embed STORE {path.parent}")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise EmbeddingError(f"{path}: no embedding, or cut short. Delete it and embed again.")
+        raw = file.read(length)
+    try:
+        table = json.loads(raw)
+        metadata = json.loads(table.pop("__metadata__")["alice"])
+        found = metadata.pop("format")
+        if found != FORMAT:
+            raise EmbeddingError(f"{path}: format {found!r}, this version reads {FORMAT!r}. Embed again.")
+        header = EmbeddingHeader(**metadata)
+        places = {
+            key: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), int(entry["data_offsets"][0]))
+            for key, entry in table.items()
+        }
+        end = max(int(entry["data_offsets"][1]) for entry in table.values())
+        right_types = all(entry["dtype"] == _SECTIONS.get(key) for key, entry in table.items())
+    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise EmbeddingError(
+            f"{path}: no embedding, or damaged ({error}). Delete it and embed again."
+        ) from error
+    if set(places) != set(_SECTIONS) or not right_types or size != 8 + length + end:
+        raise EmbeddingError(f"{path}: cut short or damaged. Delete it and embed again.")
+    return header, places, 8 + length

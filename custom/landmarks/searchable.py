@@ -1,0 +1,115 @@
+"""What a search needs of a scan, and how an embedding in memory answers it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from custom.landmarks.lattice import (
+    Lattice,
+    axis_weights,
+    dot_of,
+    flat_index,
+    interpolate_at,
+    make_lattice,
+    pool,
+)
+from custom.landmarks.scan_grid import ScanEmbedding, Triple, world_to_cell
+
+Array: TypeAlias = NDArray[Any]
+
+
+class EmbeddingMap(Protocol):
+    """What is needed to search a scan; ``StoredEmbedding`` answers it, a ``ScanEmbedding`` is wrapped."""
+
+    affine: NDArray[np.float64]
+    shape: Triple
+
+    @property
+    def grid(self) -> Triple: ...
+    @property
+    def coarse(self) -> Array: ...  # (z, y, x, C) float32
+    @property
+    def body(self) -> Array | None: ...  # bool (z, y, x) of fine cells
+    @property
+    def fine_lattice(self) -> Lattice: ...
+    @property
+    def pooled_lattice(self) -> Lattice: ...
+    @property
+    def pooled_rows(self) -> Array: ...  # (cells of the pooled lattice in the body, C) float32, of length 1
+    def fine_vectors(self, cells_zyx: Array) -> Array: ...
+    def decode(self) -> ScanEmbedding: ...
+
+
+Searchable: TypeAlias = "ScanEmbedding | EmbeddingMap"
+
+
+class DenseMap:
+    """A ``ScanEmbedding`` prepared for searching: channels last, with norms and a pooled copy. Float32, CPU."""
+
+    body: Array | None = None
+
+    def __init__(self, embedding: ScanEmbedding) -> None:
+        self.affine, self.shape = np.asarray(embedding.affine), embedding.shape
+        fine, coarse = embedding.fine.detach().float().cpu(), embedding.coarse.detach().float().cpu()
+        self._fine, self._coarse = fine, coarse
+        self.grid: Triple = (int(fine.shape[1]), int(fine.shape[2]), int(fine.shape[3]))
+        self.coarse: Array = np.ascontiguousarray(coarse.permute(1, 2, 3, 0).numpy())
+        rows = np.ascontiguousarray(fine.permute(1, 2, 3, 0).numpy()).reshape(-1, fine.shape[0])
+        self._rows = rows
+        pooled, _ = pool(rows.reshape(*self.grid, -1), None)
+        self.pooled_rows: Array = pooled.reshape(-1, pooled.shape[-1])
+        self.fine_lattice = make_lattice(self.coarse, self.grid, 1, None, dot_of(rows))
+        self.pooled_lattice = make_lattice(self.coarse, self.grid, 2, None, dot_of(self.pooled_rows))
+
+    def fine_vectors(self, cells_zyx: Array) -> Array:
+        """(N, C) of cells (N, 3)."""
+        return self._rows[flat_index(cells_zyx, self.grid)]
+
+    def decode(self) -> ScanEmbedding:
+        """As it was given."""
+        return ScanEmbedding(self._fine, self._coarse, self.affine, self.shape)
+
+
+_prepared: dict[int, tuple[weakref.ref[ScanEmbedding], DenseMap]] = {}
+
+
+def prepare(embedding: Searchable) -> EmbeddingMap:
+    """A scan ready to be searched; what is made for a ``ScanEmbedding`` is kept while that lives."""
+    if not isinstance(embedding, ScanEmbedding):
+        return embedding
+    key = id(embedding)
+    if key not in _prepared:
+        reference = weakref.ref(embedding, lambda _: _prepared.pop(key, None) and None)
+        _prepared[key] = (reference, DenseMap(embedding))
+    return _prepared[key][1]
+
+
+def inside_grid(points_mm: Array, target: EmbeddingMap) -> Array:
+    """Bool (N,): does a point lie in a voxel of the scan's grid? False for what is not finite."""
+    finite: Array = np.all(np.isfinite(points_mm), axis=1)
+    inverse = np.linalg.inv(target.affine)
+    voxels = np.where(finite[:, None], points_mm, 0.0) @ inverse[:3, :3].T + inverse[:3, 3]
+    inside = (voxels >= -0.5) & (voxels <= np.array(target.shape) - 0.5)
+    return finite & np.all(inside, axis=1)
+
+
+def query_cells(points_mm: Array, source: EmbeddingMap) -> tuple[Array, Array]:
+    """Fine cells (N, 3) that hold the points, and which points lie inside of grid and body."""
+    inside = inside_grid(points_mm, source)
+    cells = np.floor(world_to_cell(np.where(inside[:, None], points_mm, 0.0), source.affine, "fine") + 0.5)
+    # an odd number of slices leaves the last one without a cell
+    cells = np.clip(cells, 0, np.array(source.grid) - 1).astype(int)
+    if source.body is not None:
+        inside = np.logical_and(inside, source.body[tuple(cells.T)])
+    return cells, inside
+
+
+def coarse_vectors(source: EmbeddingMap, cells_zyx: Array) -> Array:
+    """Coarse vectors at fine cells (N, C), from their eight corners and of length 1 again."""
+    axes = [axis_weights(np.arange(n), n, m) for n, m in zip(source.grid, source.coarse.shape, strict=False)]
+    vectors = interpolate_at(source.coarse, (axes[0], axes[1], axes[2]), tuple(cells_zyx.T))
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,141 @@
+"""A scan's embeddings in their file, mapped into memory and read where a search goes."""
+
+from __future__ import annotations
+
+import functools
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from custom.landmarks.embedding_file import EmbeddingError, digest_of, read_header
+from custom.landmarks.lattice import Lattice, flat_index, make_lattice
+from custom.landmarks.packing import row_lengths, unpack
+from custom.landmarks.scan_grid import ScanEmbedding, Triple
+
+
+class StoredEmbedding:
+    """A scan's embeddings in a file, opened at first use and read where a search goes (an ``EmbeddingMap``).
+
+    Safe to use from many workers: what is opened is opened per process.
+
+    Args:
+        path: as ``save_embedding`` wrote it.
+
+    Raises:
+        EmbeddingError: if the file is missing, damaged, or no such file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.header, self._places, self._data_start = read_header(self.path)
+        self.affine = np.array(self.header.affine)
+        self.shape: Triple = (self.header.shape[0], self.header.shape[1], self.header.shape[2])
+        self.grid: Triple = (self.header.grid[0], self.header.grid[1], self.header.grid[2])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"])  # type: ignore[misc]
+
+    @functools.cached_property
+    def body(self) -> NDArray[np.bool_]:
+        """Bool (z, y, x): fine cells that are stored."""
+        count = int(np.prod(self.grid))
+        return np.unpackbits(self._section("body"), count=count).view(bool).reshape(self.grid)
+
+    @functools.cached_property
+    def coarse(self) -> NDArray[np.float32]:
+        """(z, y, x, C)."""
+        return self._section("coarse").astype(np.float32)
+
+    @functools.cached_property
+    def fine_lattice(self) -> Lattice:
+        """See :class:`Lattice`."""
+        norm = self._section("coarse_norm").astype(np.float32)
+        return make_lattice(self.coarse, self.grid, 1, ~self.body.reshape(-1), self._fine_dot, norm)
+
+    @functools.cached_property
+    def pooled_lattice(self) -> Lattice:
+        """See :class:`Lattice`."""
+        used = _pooled_body(self.body).reshape(-1)
+        row_of_cell = np.cumsum(used) - 1
+        rows, lengths = self._section("pooled"), self._section("pooled_length")
+
+        def dot(index: NDArray | None, vector: NDArray) -> NDArray:
+            if index is None:
+                total = np.full(len(used), -1.0, np.float32)
+                total[used] = (rows.astype(np.float32) @ vector) / lengths
+                return total
+            some = row_of_cell[index]
+            return (rows[some].astype(np.float32) @ vector) / lengths[some]
+
+        norm = self._section("pooled_norm").astype(np.float32)
+        return make_lattice(self.coarse, self.grid, 2, ~used, dot, norm)
+
+    @property
+    def pooled_rows(self) -> NDArray[np.float32]:
+        """(cells of 8 mm that hold body, C), of length 1."""
+        rows: NDArray[np.float32] = self._section("pooled") / self._section("pooled_length")[:, None]
+        return rows
+
+    def fine_vectors(self, cells_zyx: NDArray[np.int_]) -> NDArray[np.float32]:
+        """(N, C), of length 1, of cells (N, 3) in the body."""
+        vectors = self._fine_steps(flat_index(cells_zyx, self.grid))
+        return vectors / row_lengths(vectors)[:, None]
+
+    def decode(self) -> ScanEmbedding:
+        """All of it in memory; fine vectors off the body are 0."""
+        cells = np.argwhere(self.body)
+        fine = np.zeros((*self.grid, self.header.dim), np.float32)
+        fine[tuple(cells.T)] = self.fine_vectors(cells)
+        maps = [torch.from_numpy(part).permute(3, 0, 1, 2) for part in (fine, self.coarse)]
+        return ScanEmbedding(maps[0], maps[1], self.affine, self.shape)
+
+    def check(self) -> None:
+        """Read everything and compare checksums.
+
+        Raises:
+            EmbeddingError: if a byte differs from what was written.
+        """
+        if digest_of({key: self._section(key) for key in self._places}) != self.header.content_sha256:
+            raise EmbeddingError(f"{self.path}: differs from what was written. Delete it and embed again.")
+
+    @functools.cached_property
+    def _bytes(self) -> mmap.mmap:
+        with open(self.path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _section(self, key: str) -> NDArray[Any]:
+        dtype, shape, start = self._places[key]
+        count = int(np.prod(shape))
+        return np.frombuffer(self._bytes, dtype, count, self._data_start + start).reshape(shape)
+
+    @functools.cached_property
+    def _row_of_cell(self) -> NDArray[np.int32]:
+        return (np.cumsum(self.body.reshape(-1), dtype=np.int32) - 1).astype(np.int32)
+
+    def _fine_steps(self, flat: NDArray[np.int_]) -> NDArray[np.float32]:
+        """Fine vectors of some cells of the body, not of length 1 yet."""
+        packed = self._section("fine")[self._row_of_cell[flat]]
+        return unpack(packed, self.header.fine_bits, self.header.dim)
+
+    def _fine_dot(self, index: NDArray | None, vector: NDArray) -> NDArray:
+        if index is not None:
+            vectors = self._fine_steps(index)
+            return (vectors @ vector) / row_lengths(vectors)
+        total = np.full(int(np.prod(self.grid)), -1.0, np.float32)
+        inside = np.flatnonzero(self.body.reshape(-1))
+        for some in np.array_split(inside, -(-len(inside) // 16384)):  # bounds the memory of unpacked vectors
+            total[some] = self._fine_dot(some, vector)
+        return total
+
+
+def _pooled_body(body: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    padded = np.pad(body, [(0, n % 2) for n in body.shape])
+    z, y, x = (n // 2 for n in padded.shape)
+    return np.asarray(padded.reshape(z, 2, y, 2, x, 2).any(axis=(1, 3, 5)))

@@ -1,0 +1,688 @@
+"""The two segmentation bundles: twins, stock MONAI, from data to weights to labels on the scan's own grid."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import REPO
+from ignite.engine import Events
+from monai.bundle import ConfigParser
+from monai.bundle.scripts import ckpt_export, run, verify_net_in_out
+from monai.networks.nets import UNETR, SwinUNETR
+from safetensors.torch import save_file
+
+from custom.encoders.masked_swin import MaskedSwin
+from custom.encoders.masked_vit import MaskedViT
+from custom.evaluation.folds import few_shot, split_folds
+from custom.evaluation.rules import BTCV_ORGANS, FLARE22_ORGANS
+from custom.json_configs import COPIED
+from custom.preflight import check_keys
+from custom.transfer.encoder_weights import WeightsError, resize_encoder
+
+BUNDLES = {"alice_seg_flare": FLARE22_ORGANS, "alice_seg_btcv": BTCV_ORGANS}
+FLARE = REPO / "bundles" / "alice_seg_flare"
+SHAPE = (28, 26, 22)
+TINY = {
+    "network_def::feature_size": 4,
+    "network_def::hidden_size": 48,
+    "network_def::mlp_dim": 96,
+    "network_def::num_heads": 4,
+    "roi_size": [32, 32, 16],
+    "spacing": [8.0, 8.0, 8.0],
+    "device": "$torch.device('cpu')",
+}
+TRIAL = TINY | {"epochs": 1, "crops_per_case": 1, "learning_rate": 1.0e-3, "overlap": 0.25}
+
+
+def write_case(folder, case, affine, image_name="{}_0000.nii.gz", organs=13, shape=SHAPE):
+    """A box of tissue in air, with one small box of each organ, all values told apart by the case."""
+    rng = np.random.default_rng(len(case) + sum(map(ord, case)))
+    volume = np.full(shape, -1000, np.int16)
+    volume[3:-3, 3:-3, 2:-2] = rng.integers(-50, 60, (shape[0] - 6, shape[1] - 6, shape[2] - 4))
+    labels = np.zeros(shape, np.uint8)
+    for organ in range(1, organs + 1):
+        x, y, z = 4 + 5 * (organ % 4), 4 + 5 * (organ // 4), 4 + organ % 3 * 4
+        labels[x : x + 4, y : y + 4, z : z + 4] = organ
+        volume[labels == organ] = 60 + 10 * organ
+    for kind, array, name in (
+        ("images", volume, image_name.format(case)),
+        ("labels", labels, f"{case}.nii.gz"),
+    ):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(array, affine), folder / kind / name)
+
+
+def oblique():
+    turn = 0.15
+    affine = np.diag([-7.0, -8.0, 9.0, 1.0])
+    affine[:3, :3] = (
+        np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
+        @ affine[:3, :3]
+    )
+    affine[:3, 3] = [60, 70, -100]
+    return affine
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cohort")
+    for number in range(1, 7):
+        write_case(folder, f"case_{number:02d}", oblique() if number % 2 else np.diag([8.0, 7.0, 6.0, 1.0]))
+    return folder
+
+
+def configs(*names, bundle=FLARE):
+    return [str(bundle / "configs" / f"{name}.yaml") for name in names]
+
+
+def bundle_run(*names, bundle=FLARE, **settings):
+    run(config_file=configs(*names, bundle=bundle), bundle_root=str(bundle), logging_file=False, **settings)
+
+
+def parser_of(*names, bundle=FLARE, **settings):
+    parser = ConfigParser()
+    parser.read_config(configs(*names, bundle=bundle))
+    parser.update({"bundle_root": str(bundle), **settings})
+    return parser
+
+
+@pytest.fixture(scope="session")
+def trained(cohort, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    bundle_run("train", dataset_dir=str(cohort), output_dir=str(folder), ckpt_dir=str(folder), **TRIAL)
+    return folder
+
+
+# -- the files -------------------------------------------------------------------
+
+
+def test_the_bundles_are_twins_but_for_their_settings():
+    flare, btcv = (REPO / "bundles" / name / "configs" for name in BUNDLES)
+    assert {p.name for p in flare.iterdir()} == {p.name for p in btcv.iterdir()}
+    settings = {"labels", "tolerances_mm", "spacing", "roi_size"}
+    for path in flare.glob("*.yaml"):
+        one, two = (ConfigParser.load_config_file(folder / path.name) for folder in (flare, btcv))
+        assert list(one) == list(two), path.name
+        assert {key for key in one if one[key] != two[key]} <= settings, path.name
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_organs_are_those_of_the_scores_in_label_order(name):
+    folder = REPO / "bundles" / name / "configs"
+    channels = json.loads((folder / "metadata.json").read_text())["network_data_format"]["outputs"]["pred"]
+    expected = {"0": "background"} | {str(i): organ for i, organ in enumerate(BUNDLES[name], 1)}
+    assert channels["channel_def"] == expected and channels["num_channels"] == 14
+    for config in ("train", "inference"):
+        assert tuple(ConfigParser.load_config_file(folder / f"{config}.yaml")["labels"]) == BUNDLES[name]
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_the_jsons_that_monai_loads_say_what_the_yamls_say(name):
+    for config in COPIED:
+        yaml, copy = (
+            REPO / "bundles" / name / "configs" / f"{config}{suffix}" for suffix in (".yaml", ".json")
+        )
+        assert json.loads(copy.read_text()) == ConfigParser.load_config_file(yaml), (
+            "run python -m custom.json_configs"
+        )
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_training_and_inference_agree(name):
+    train, inference = (
+        ConfigParser.load_config_file(REPO / "bundles" / name / "configs" / f"{config}.yaml")
+        for config in ("train", "inference")
+    )
+    for key in ("labels", "spacing", "window_hu", "roi_size", "network_def", "num_classes", "label_folders"):
+        assert train[key] == inference[key], key
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_only_nnformer_and_openvino_need_more_than_monai(name):
+    for path in (REPO / "bundles" / name / "configs").glob("*.*"):
+        text = re.sub("(?m)#.*", "", path.read_text()).replace("(custom.evaluation.folds)", "")
+        assert path.name in ("nnformer.yaml", "openvino.yaml") or "custom." not in text, path.name
+
+
+@pytest.mark.parametrize("override, bases", [
+    ("smoke", ("train",)), ("multi_gpu_train", ("train",)), ("unetr", ("train",)), ("swin_unetr", ("train",)), ("nnformer", ("train",)),
+    ("layer_decay", ("train",)), ("sawtooth", ("train",)), ("partial", ("train",)),
+    ("flips", ("inference",)), ("ensemble", ("inference",)), ("evaluate", ("train", "inference")),
+])  # fmt: skip
+def test_overrides_name_keys_that_exist_or_use_their_own(override, bases):
+    known = {}
+    for base in bases:
+        known |= ConfigParser.load_config_file(FLARE / "configs" / f"{base}.yaml")
+    changes = ConfigParser.load_config_file(FLARE / "configs" / f"{override}.yaml")
+    text = json.dumps(changes)
+    own = {k for k in changes if k not in known and (f"@{k}" in text or k == "more_imports")}
+    check_keys(known, {k: v for k, v in changes.items() if k not in own}, override)
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_metadata_meets_the_schema(name, real_data):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((real_data.parent / "tools" / "schema" / "meta_schema_20240725.json").read_text())
+    jsonschema.validate(
+        json.loads((REPO / "bundles" / name / "configs" / "metadata.json").read_text()), schema
+    )
+
+
+def test_the_from_scratch_twin_differs_in_one_key():
+    train = ConfigParser.load_config_file(FLARE / "configs" / "train.yaml")
+    assert train["pretrained"] is None
+    readers = [k for k, v in train.items() if "@pretrained" in json.dumps(v)]
+    assert readers == ["problems", "initial"]
+
+
+# -- who trains and who is held back -----------------------------------------------
+
+
+@pytest.mark.parametrize("name, cases", [
+    ("alice_seg_flare", [f"FLARE22_Tr_{i:04d}" for i in range(1, 51)]),
+    ("alice_seg_btcv", [f"{i:04d}" for i in (*range(1, 11), *range(21, 41))]),
+])  # fmt: skip
+def test_the_stored_folds_are_the_seeded_deal_of_the_published_cases(name, cases):
+    stored = json.loads((REPO / "bundles" / name / "configs" / "folds.json").read_text())["folds"]
+    dealt = split_folds([{"patient": case} for case in cases])
+    assert stored == [[record["patient"] for record in fold] for fold in dealt]
+
+
+def names_of(records):
+    return {Path(record["image"]).name for record in records}
+
+
+def test_folds_and_few_shot_subsets_are_those_of_custom(cohort):
+    cases = [{"patient": f"case_{i:02d}"} for i in range(1, 7)]
+    folds = split_folds(cases)
+    for fold in range(5):
+        parser = parser_of("train", dataset_dir=str(cohort), fold=fold, labelled=2)
+        held_back = {f"{r['patient']}_0000.nii.gz" for r in folds[fold]}
+        assert names_of(parser.get_parsed_content("held_back")) == held_back
+        others = [c for c in cases if f"{c['patient']}_0000.nii.gz" not in held_back]
+        assert names_of(parser.get_parsed_content("others")) == {
+            f"{c['patient']}_0000.nii.gz" for c in others
+        }
+        assert names_of(parser.get_parsed_content("training")) == {
+            f"{r['patient']}_0000.nii.gz" for r in few_shot(others, 2)
+        }
+
+
+@pytest.mark.parametrize("images, labels, cases", [
+    ("images/FLARE22_Tr_{}_0000.nii.gz", "labels/FLARE22_Tr_{}.nii.gz", ["0005", "0001", "0004", "0003", "0013"]),
+    ("RawData/Training/img/img{}.nii.gz", "RawData/Training/label/label{}.nii.gz", ["0002", "0006", "0009", "0005", "0001"]),
+    ("averaged-training-images/DET{}_avg.nii.gz", "averaged-training-labels/DET{}_avg_seg.nii.gz", ["1", "2", "3", "4", "5"]),
+    ("imagesTr/liver_{}.nii.gz", "labelsTr/liver_{}.nii.gz", ["1", "2", "3", "4", "5"]),
+])  # fmt: skip
+def test_published_layouts_are_paired(tmp_path, images, labels, cases):
+    for case in cases:
+        for pattern in (images, labels):
+            path = tmp_path / pattern.format(case)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    bundle = REPO / "bundles" / ("alice_seg_btcv" if "img" in images else "alice_seg_flare")
+    parser = parser_of("train", bundle=bundle, dataset_dir=str(tmp_path))
+    assert not any(parser.get_parsed_content("problems"))
+    pairs = {(r["image"], r["label"]) for r in parser.get_parsed_content("records")}
+    assert pairs == {(str(tmp_path / images.format(c)), str(tmp_path / labels.format(c))) for c in cases}
+    if "FLARE22" in images or "img" in images:  # five published cases, one of each stored fold
+        assert parser.get_parsed_content("stored")
+        assert [Path(r["image"]).name for r in parser.get_parsed_content("held_back")] == [
+            Path(images.format(cases[0])).name
+        ]
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"fold": 5}, "fold: there is no fold 5, they are counted 0 to 4."),
+    ({"labelled": 1.5}, "labelled: 1.5 is neither a share in (0, 1] nor a number of patients; 10 % is 0.1."),
+    ({"labelled": 0}, "labelled: 0 is neither"),
+    ({"labelled": 6}, "labelled: 6 patients are asked for, fold 0 trains on 4."),
+    ({"dataset_dir": "/nowhere"}, "dataset_dir: no case to train on in /nowhere;"),
+    ({"pretrained": "gone.pt"}, "pretrained: gone.pt: no such file; make it with alice export."),
+])  # fmt: skip
+def test_settings_out_of_range_end_in_one_line_before_anything_is_written(
+    cohort, tmp_path, settings, message
+):
+    with pytest.raises(SystemExit) as stopped:
+        bundle_run("train", **({"dataset_dir": str(cohort), "output_dir": str(tmp_path / "run")} | settings))
+    assert str(stopped.value).startswith("alice_seg: ") and message in str(stopped.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_without_label_is_named(cohort, tmp_path):
+    shutil.copytree(cohort, tmp_path / "data")
+    (tmp_path / "data" / "labels" / "case_03.nii.gz").unlink()
+    problems = parser_of("train", dataset_dir=str(tmp_path / "data")).get_parsed_content("problems")
+    assert any("image without label, or label without image: case_03" in p for p in problems)
+
+
+@pytest.mark.parametrize("fault, message", [
+    ("value", "case_01.nii.gz: label values [17.0], this bundle knows 0 to 13."),
+    ("grid", "case_01.nii.gz: image and label lie on different grids"),
+    ("place", "case_01.nii.gz: image and label lie on different grids"),
+    ("empty", "case_01.nii.gz: the label is empty"),
+])  # fmt: skip
+def test_a_faulty_label_is_refused_by_name(cohort, tmp_path, fault, message):
+    path = tmp_path / "case_01.nii.gz"
+    label = nib.load(cohort / "labels" / path.name)
+    voxels, affine = np.array(label.dataobj), label.affine.copy()
+    if fault == "value":
+        voxels[4, 4, 4] = 17
+    elif fault == "grid":
+        voxels = voxels[1:]
+    elif fault == "place":
+        affine[0, 3] += 5
+    else:
+        voxels[:] = 0
+    nib.save(nib.Nifti1Image(voxels, affine), path)
+    load_case = parser_of("train", **TINY).get_parsed_content("validate::preprocessing")
+    case = {"image": str(cohort / "images" / "case_01_0000.nii.gz"), "label": str(path)}
+    with pytest.raises(RuntimeError) as refused:
+        load_case(case)
+    causes, error = [], refused.value
+    while error:
+        causes.append(str(error))
+        error = error.__cause__
+    assert any(message in cause for cause in causes), causes
+
+
+# -- training ----------------------------------------------------------------------
+
+
+def test_training_keeps_the_best_and_the_last_and_never_model_pt(trained):
+    assert {p.name for p in trained.rglob("*.pt")} == {
+        "model_finetuned.pt",
+        "checkpoint_epoch=1.pt",
+        "last.pt",
+    }
+    state = torch.load(trained / "model_finetuned.pt", weights_only=True)
+    tiny_network("train").load_state_dict(state, strict=True)
+    assert not (FLARE / "models" / "model_finetuned.pt").exists()
+
+
+def tiny_network(*names, **settings):
+    return parser_of(*names, **(TINY | settings)).get_parsed_content("network_def")
+
+
+def test_a_run_goes_on_where_it_stopped(cohort, tmp_path):
+    common = TRIAL | {"dataset_dir": str(cohort), "labelled": 2, "val_interval": 2}
+    for name, epochs, resume in (("whole", 2, False), ("halves", 1, False), ("halves", 2, True)):
+        folder = str(tmp_path / name)
+        settings = common | {"epochs": epochs, "resume": resume, "output_dir": folder, "ckpt_dir": folder}
+        bundle_run("train", **settings | {"total_steps": 4})  # one schedule for both
+    whole, halves = (
+        torch.load(tmp_path / n / "checkpoints" / "last.pt", weights_only=True) for n in ("whole", "halves")
+    )
+    assert whole["trainer"]["iteration"] == halves["trainer"]["iteration"] == 4
+    assert whole["lr_scheduler"]["last_epoch"] == halves["lr_scheduler"]["last_epoch"]
+    assert whole["optimizer"]["state"][0]["step"] == halves["optimizer"]["state"][0]["step"] == 4
+
+
+def test_sigterm_ends_a_run_with_its_last_checkpoint(cohort, tmp_path):
+    settings = TRIAL | {
+        "dataset_dir": str(cohort),
+        "output_dir": str(tmp_path),
+        "ckpt_dir": str(tmp_path),
+        "epochs": 9,
+    }
+    parser = parser_of("train", **settings)
+    trainer = parser.get_parsed_content("train::trainer")
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(once=2), lambda: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        parser.get_parsed_content("run")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    saved = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+    assert saved["trainer"]["iteration"] == trainer.state.iteration == 2
+
+
+# -- where training starts -----------------------------------------------------------
+
+
+def encoder_file(folder, name, network):
+    """What alice export writes: the state dict alone."""
+    torch.manual_seed(7)
+    for tensor in network.parameters():
+        torch.nn.init.normal_(tensor)
+    path = folder / name
+    (save_file if path.suffix == ".safetensors" else torch.save)(network.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["encoder.pt", "encoder.safetensors"])
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_an_exported_encoder_fills_the_network_whole(tmp_path, name, bundle):
+    vit = MaskedViT(1, [32, 32, 16], 16, hidden_size=48, mlp_dim=96, num_layers=12, num_heads=4)
+    path = encoder_file(tmp_path, name, vit)
+    parser = parser_of("train", bundle=REPO / "bundles" / bundle, **TINY, pretrained=str(path))
+    network = parser.get_parsed_content("network")
+    assert isinstance(network, UNETR)
+    for key, tensor in vit.state_dict().items():
+        torch.testing.assert_close(network.vit.state_dict()[key], tensor, rtol=0, atol=0)
+
+
+def test_a_swin_encoder_fills_swin_unetr_whole(tmp_path):
+    swin = MaskedSwin(1, 12, [7, 7, 7], [2, 2, 2], [2, 2, 2, 2], [3, 6, 12, 24])
+    path = encoder_file(tmp_path, "swin.pt", swin)
+    settings = {"network_def::feature_size": 12, "device": "$torch.device('cpu')", "pretrained": str(path)}
+    network = parser_of("train", "swin_unetr", **settings).get_parsed_content("network")
+    assert isinstance(network, SwinUNETR)
+    for key, tensor in swin.state_dict().items():
+        torch.testing.assert_close(network.swinViT.state_dict()[key], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fault, message", [
+    ("prefix", "Missing key"), ("other", "size mismatch"), ("short", "Missing key"), ("positions", "size mismatch"),
+])  # fmt: skip
+def test_an_encoder_that_does_not_fit_is_refused(tmp_path, fault, message):
+    size, width = (
+        ([64, 64, 32], 48) if fault == "positions" else ([32, 32, 16], 36 if fault == "other" else 48)
+    )
+    vit = MaskedViT(1, size, 16, hidden_size=width, mlp_dim=96, num_layers=12, num_heads=4)
+    state = vit.state_dict()
+    if fault == "prefix":
+        state = {f"module.{k}": v for k, v in state.items()}
+    if fault == "short":
+        state.popitem()
+    torch.save(state, tmp_path / "e.pt")
+    with pytest.raises(RuntimeError) as refused:
+        parser_of("train", **TINY, pretrained=str(tmp_path / "e.pt")).get_parsed_content("network")
+    assert message in str(refused.value.__cause__)
+
+
+def test_an_encoder_is_resized_to_the_crops_of_fine_tuning():
+    vit = MaskedViT(1, [64, 32, 32], 16, hidden_size=48, mlp_dim=96, num_layers=12, num_heads=4)
+    resized = resize_encoder(vit, vit.settings, [32, 32, 16])
+    tiny_network("train").vit.load_state_dict(resized.state_dict(), strict=True)
+    assert vit.state_dict()["patch_embedding.position_embeddings"].shape[1] == 4 * 2 * 2
+    with pytest.raises(
+        WeightsError, match=r"img_size \[32, 40, 16\]: patches of \[16, 16, 16\] voxels do not divide"
+    ):
+        resize_encoder(vit, vit.settings, [32, 40, 16])
+    swin = MaskedSwin(1, 12, [7, 7, 7], [2, 2, 2], [2, 2, 2, 2], [3, 6, 12, 24])
+    with pytest.raises(WeightsError, match="fits crops of any size"):
+        resize_encoder(swin, swin.settings, [64, 64, 64])
+
+
+# -- schedules and losses --------------------------------------------------------------
+
+
+def test_layer_decay_gives_every_parameter_once_and_the_encoder_less():
+    parser = parser_of("train", "layer_decay", **TINY)
+    groups, network = parser.get_parsed_content("parameters"), parser.get_parsed_content("network")
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert len(rate) == sum(len(g["params"]) for g in groups) == len(list(network.parameters()))
+    at = lambda name: rate[id(network.get_parameter(name))] / 1e-4  # noqa: E731
+    assert at("out.conv.conv.weight") == 1 and at("vit.norm.weight") == pytest.approx(0.75**13)
+    assert at("vit.blocks.11.mlp.linear1.weight") == pytest.approx(0.75)
+    assert at("vit.blocks.0.mlp.linear1.weight") == pytest.approx(0.75**12)
+
+
+def test_the_sawtooth_rests_the_encoder_then_warms_up_again():
+    parser = parser_of("train", "sawtooth", **TINY, total_steps=100)
+    optimizer, schedule = (parser.get_parsed_content(k) for k in ("optimizer", "lr_scheduler"))
+    decoder, encoder = [], []
+    for _ in range(100):
+        decoder.append(optimizer.param_groups[0]["lr"] / 1e-4)
+        encoder.append(optimizer.param_groups[1]["lr"] / 1e-4)
+        optimizer.step()
+        schedule.step()
+    assert not any(encoder[:21]) and all(encoder[21:])
+    assert (
+        max(decoder[:20]) == pytest.approx(1)
+        and decoder[20] == 0
+        and decoder[25] == encoder[25] == pytest.approx(1)
+    )
+    assert encoder[-1] < 0.01
+
+
+def test_partial_labels_do_not_punish_what_nobody_annotated():
+    parser = parser_of("train", "partial", **TINY, annotated=[1, 3])
+    loss = parser.get_parsed_content("train::trainer::loss_function")
+    label = torch.zeros(1, 1, 4, 4, 4)
+    label[:, :, 0], label[:, :, 1] = 1, 3
+    logits = 20 * torch.nn.functional.one_hot(label[:, 0].long(), 14).permute(0, 4, 1, 2, 3).float()
+    unseen = logits.clone()
+    unseen[:, [0, 7], 3] = unseen[:, [7, 0], 3]  # says organ 7, where only "neither 1 nor 3" is known
+    assert loss(unseen, label) == pytest.approx(loss(logits, label).item(), abs=1e-5)
+    wrong = logits.clone()
+    wrong[:, [0, 3], 3] = wrong[:, [3, 0], 3]
+    assert loss(wrong, label) > loss(logits, label) + 1
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("unetr", "UNETR"), ("swin_unetr", "SwinUNETR"), ("nnformer", "NNFormer")]
+)
+def test_the_published_networks_can_be_built(name, kind):
+    with torch.device("meta"):
+        parser = parser_of("train", name)
+        parser.update({"roi_size": [96, 96, 96]} if name != "nnformer" else {})
+        assert parser["network_def"]["_target_"].split(".")[-1] == kind
+    assert parser["spacing"] == [1.5, 1.5, 2.0]
+
+
+# -- inference and evaluation ----------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def segmented(cohort, trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("segmented")
+    weights = str(trained / "model_finetuned.pt")
+    bundle_run("inference", dataset_dir=str(cohort), output_dir=str(folder), checkpoint=weights, **TINY)
+    return folder
+
+
+def test_segmentations_lie_on_the_scans_own_grid(cohort, segmented):
+    scans = sorted((cohort / "images").iterdir())
+    assert [p.name for p in sorted(segmented.iterdir())] == [
+        p.name.replace(".nii", "_seg.nii") for p in scans
+    ]
+    for scan, made in zip(scans, sorted(segmented.iterdir()), strict=True):
+        scan, made = nib.load(scan), nib.load(made)
+        assert made.shape == scan.shape and made.get_data_dtype() == np.uint8
+        np.testing.assert_allclose(made.affine, scan.affine, atol=1e-4)
+        assert np.asarray(made.dataobj).max() <= 13
+
+
+def test_labels_come_back_to_the_voxels_they_were_read_from(cohort):
+    """Preprocessing, a network that reads its answer off the image, and postprocessing: there and back."""
+    parser = parser_of("inference", **(TINY | {"spacing": [4.0, 4.0, 4.0]}))
+    pre, post = (parser.get_parsed_content(k) for k in ("preprocessing", "postprocessing"))
+    post.transforms = post.transforms[:-1]  # without SaveImaged
+    path = cohort / "images" / "case_01_0000.nii.gz"
+    case = pre({"image": str(path)})
+    tissue = (case["image"] > 0.2).float()
+    case["pred"] = torch.cat([1 - tissue, 40 * tissue, *[torch.full_like(tissue, -9)] * 12])
+    found = np.asarray(post(case)["pred"][0]).astype(bool)
+    wanted = np.asarray(nib.load(path).dataobj) > -90
+    assert 2 * (found & wanted).sum() / (found.sum() + wanted.sum()) > 0.9
+
+
+def test_windows_lie_over_the_body_only(tmp_path):
+    volume = np.full((60, 60, 40), -1000, np.int16)
+    volume[20:40, 22:38, 10:30] = 40
+    volume[2:58, 50:51] = 100  # a table
+    nib.save(nib.Nifti1Image(volume, np.diag([5.0, 5.0, 5.0, 1.0])), tmp_path / "a.nii.gz")
+    pre = parser_of("inference", spacing=[5.0, 5.0, 5.0]).get_parsed_content("preprocessing")
+    assert pre({"image": str(tmp_path / "a.nii.gz")})["image"].shape[1:] == (20 + 4, 16 + 4, 20 + 4)
+
+
+@pytest.mark.parametrize("fill, message", [
+    (300, "has no value below 0: it is no CT, or not in Hounsfield units."),
+    (-1000, "shows nothing but air."),
+    (np.nan, "holds values that are no numbers."),
+])  # fmt: skip
+def test_what_is_no_ct_is_refused_by_name(tmp_path, fill, message):
+    nib.save(nib.Nifti1Image(np.full((20, 21, 22), fill, np.float32), np.eye(4)), tmp_path / "scan.nii.gz")
+    with pytest.raises(RuntimeError) as refused:
+        parser_of("inference").get_parsed_content("preprocessing")({"image": str(tmp_path / "scan.nii.gz")})
+    error, causes = refused.value, []
+    while error:
+        causes.append(str(error))
+        error = error.__cause__
+    assert any(c.endswith(f"scan.nii.gz {message}") for c in causes), causes
+
+
+@pytest.mark.parametrize("fault", ["prefix", "other"])
+def test_weights_of_another_network_are_refused(cohort, trained, tmp_path, fault):
+    state = torch.load(trained / "model_finetuned.pt", weights_only=True)
+    state = {f"module.{k}" if fault == "prefix" else k: v for k, v in state.items()}
+    if fault == "other":
+        state["out.conv.conv.weight"] = state["out.conv.conv.weight"][:3]
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(RuntimeError):
+        bundle_run(
+            "inference",
+            dataset_dir=str(cohort),
+            output_dir=str(tmp_path / "out"),
+            checkpoint=str(tmp_path / "m.pt"),
+            **TINY,
+        )
+    assert not list(tmp_path.rglob("*.nii.gz"))
+
+
+def test_missing_scans_and_weights_end_in_one_line(cohort, tmp_path):
+    with pytest.raises(SystemExit, match=r"dataset_dir: no scan found in .*nowhere"):
+        bundle_run("inference", dataset_dir=str(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match=r"checkpoint: gone.pt: no such file"):
+        bundle_run("inference", dataset_dir=str(cohort), checkpoint="gone.pt")
+
+
+def test_flips_and_ensembles_average_probabilities(trained):
+    weights = str(trained / "model_finetuned.pt")
+    volume = torch.rand(1, 1, 40, 32, 16)
+    answers = {}
+    for name in ("ensemble", "flips"):
+        parser = parser_of("inference", name, **TINY, checkpoints=[weights, weights])
+        network = parser.get_parsed_content("network").eval()
+        network.load_state_dict(torch.load(weights, weights_only=True))
+        with torch.no_grad():
+            answers[name] = parser.get_parsed_content("evaluator::inferer")(volume, network).softmax(1)
+            answers[f"{name} mirrored"] = parser.get_parsed_content("evaluator::inferer")(
+                volume.flip(2), network
+            ).softmax(1)
+            plain = parser.get_parsed_content("inferer")(
+                volume, lambda x, n=network: n(x).softmax(1).log()
+            ).softmax(1)
+    torch.testing.assert_close(answers["ensemble"], plain, atol=1e-5, rtol=0)  # twice the same network
+    torch.testing.assert_close(answers["flips mirrored"].flip(2), answers["flips"], atol=1e-5, rtol=0)
+    assert (answers["flips"] - plain).abs().max() > 1e-4
+
+
+def test_evaluation_measures_the_held_back_cases_on_their_own_grid(cohort, trained, segmented, tmp_path):
+    weights = str(trained / "model_finetuned.pt")
+    names = ("train", "inference", "evaluate")
+    bundle_run(*names, dataset_dir=str(cohort), output_dir=str(tmp_path), checkpoint=weights, fold=0, **TINY)
+    held_back = names_of(parser_of("train", dataset_dir=str(cohort)).get_parsed_content("held_back"))
+    made = sorted(tmp_path.glob("*.nii.gz"))
+    assert {p.name.replace("_seg", "") for p in made} == held_back
+    rows = [line.split(",") for line in (tmp_path / "dice_raw.csv").read_text().splitlines()[1:]]
+    assert len(rows) == len(made) and (tmp_path / "surface_dice_summary.csv").is_file()
+    for path in made:  # the same voxels as inference.yaml, and Dice done by hand
+        found = np.asarray(nib.load(path).dataobj)
+        np.testing.assert_array_equal(found, np.asarray(nib.load(segmented / path.name).dataobj))
+        label = np.asarray(nib.load(cohort / "labels" / path.name.replace("_0000_seg", "")).dataobj)
+        row = next(r for r in rows if Path(r[0]).name == path.name.replace("_seg", ""))
+        for organ in range(1, 14):
+            a, b = found == organ, label == organ
+            assert float(row[organ]) == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()), abs=1e-5)
+
+
+# -- what other programs ask of a bundle ---------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def small_bundle(trained, tmp_path_factory):
+    """A copy with a tiny network and its weights, as it would lie in a user's folder."""
+    bundle = tmp_path_factory.mktemp("bundle") / "alice_seg_flare"
+    shutil.copytree(FLARE, bundle, ignore=shutil.ignore_patterns("*.pt", "*.safetensors", "runs"))
+    for path in [*bundle.glob("configs/train.*"), *bundle.glob("configs/inference.*")]:
+        content = ConfigParser.load_config_file(path)
+        for key, value in TINY.items():
+            head, _, tail = key.partition("::")
+            content.__setitem__(head, value) if not tail else content[head].__setitem__(tail, value)
+        path.write_text(json.dumps(content))  # JSON is YAML
+    (bundle / "models").mkdir(exist_ok=True)
+    shutil.copy(trained / "model_finetuned.pt", bundle / "models" / "model.pt")
+    return bundle
+
+
+def test_the_zoos_checks_pass(small_bundle, tmp_path):
+    meta = json.loads((small_bundle / "configs" / "metadata.json").read_text())
+    for tensor in (
+        meta["network_data_format"]["inputs"]["image"],
+        meta["network_data_format"]["outputs"]["pred"],
+    ):
+        tensor["spatial_shape"] = TINY["roi_size"]
+    (tmp_path / "metadata.json").write_text(json.dumps(meta))
+    files = {
+        "meta_file": str(tmp_path / "metadata.json"),
+        "config_file": str(small_bundle / "configs" / "inference.json"),
+    }
+    verify_net_in_out(net_id="network_def", **files)
+    ckpt_export(
+        net_id="network_def", **files, ckpt_file=str(small_bundle / "models" / "model.pt"), filepath=str(tmp_path / "model.ts"),
+        use_trace=True, input_shape=[1, 1, *TINY["roi_size"]],
+    )  # fmt: skip
+    network = tiny_network("inference").eval()
+    network.load_state_dict(torch.load(small_bundle / "models" / "model.pt", weights_only=True))
+    volume = torch.rand(1, 1, *TINY["roi_size"])
+    torch.testing.assert_close(
+        torch.jit.load(tmp_path / "model.ts")(volume), network(volume), atol=1e-4, rtol=0
+    )
+
+
+def test_load_works_from_elsewhere_with_nothing_of_ours(small_bundle, tmp_path):
+    lines = [
+        "import sys, torch", "from monai.bundle import load", "assert 'custom' not in sys.modules",
+        f"net = load('alice_seg_flare', bundle_dir={str(small_bundle.parent)!r}, source='github', workflow_type=sys.argv[1])",
+        f"state = torch.load({str(small_bundle / 'models' / 'model.pt')!r}, weights_only=True)",
+        "assert all(torch.equal(v, net.state_dict()[k]) for k, v in state.items()), 'weights differ'",
+        "assert not any(m == 'custom' or m.startswith('custom.') for m in sys.modules)",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "\n".join(lines), "train"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_monai_labels_way_of_training_works(cohort, small_bundle, tmp_path, monkeypatch):
+    """Everything in the config evaluated (run_id ""), lists replaced, a loader put before the handlers."""
+    monkeypatch.chdir(tmp_path)
+    parser = ConfigParser()
+    parser.read_config(small_bundle / "configs" / "train.json")
+    handlers = parser["train#handlers"]
+    handlers = handlers._raw if hasattr(handlers, "_raw") else handlers
+    model = str(small_bundle / "models" / "model.pt")
+    before = Path(model).read_bytes()
+    loader = {
+        "_target_": "CheckpointLoader",
+        "load_path": model,
+        "load_dict": {"model": "$@network"},
+        "strict": False,
+    }
+    case = {
+        key: str(cohort / kind / f"case_01{tail}.nii.gz")
+        for key, kind, tail in (("image", "images", "_0000"), ("label", "labels", ""))
+    }
+    run(
+        run_id="", config_file=str(small_bundle / "configs" / "train.json"), bundle_root=str(small_bundle), logging_file=False,
+        **{"train#trainer#max_epochs": 1, "train#dataset#data": [case], "validate#dataset#data": [case],
+           "train#handlers": [loader, *handlers], "device": "cpu", "displayable_configs": {"cache_rate": 0.0}},
+    )  # fmt: skip
+    assert (small_bundle / "models" / "model_finetuned.pt").is_file() and Path(model).read_bytes() == before
