@@ -263,6 +263,18 @@ def test_onnx_answers_as_the_network_and_holds_its_metadata(bundle):
     assert sorted(p.name for p in path.parent.iterdir()) == ["model.onnx", "model.pt"]
 
 
+def test_openvino_is_not_asked_to_report_our_users(openvino_export, tmp_path, monkeypatch):
+    telemetry = pytest.importorskip("openvino_telemetry")
+
+    def report(*args, **kwargs):
+        raise AssertionError("telemetry was started")
+
+    monkeypatch.setattr(telemetry.Telemetry, "init", report)
+    monkeypatch.setattr(telemetry.Telemetry, "send_event", report)
+    export_network(read_bundle(openvino_export), "openvino", tmp_path / "quiet.xml")
+    assert (tmp_path / "quiet.bin").stat().st_size > 1000
+
+
 def test_openvino_stands_in_for_the_network_in_a_sliding_window(openvino_export):
     net = OpenVINONetwork(openvino_export / "models" / "model.xml", num_threads=1)
     assert net.metadata["labels"] == LABELS and not list(net.parameters())

@@ -473,6 +473,24 @@ def test_the_published_networks_can_be_built(name, kind):
     assert parser["spacing"] == [1.5, 1.5, 2.0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["swin_unetr", "nnformer"])
+def test_other_networks_train_and_segment(cohort, tmp_path, name):
+    width = {"network_def::feature_size": 12} if name == "swin_unetr" else {"network_def::embed_dim": 12}
+    width |= {} if name == "swin_unetr" else {"network_def::num_heads": [1, 2, 4, 8]}
+    small = width | {"roi_size": [64, 64, 32], "spacing": [8.0, 8.0, 8.0], "device": "$torch.device('cpu')"}
+    common = small | {"dataset_dir": str(cohort), "output_dir": str(tmp_path)}
+    bundle_run("train", name, **common, epochs=1, crops_per_case=1, labelled=2, ckpt_dir=str(tmp_path))
+    weights = str(tmp_path / "model_finetuned.pt")
+    bundle_run(
+        "inference",
+        name,
+        **(common | {"dataset_dir": str(cohort / "images" / "case_01_0000.nii.gz")}),
+        checkpoint=weights,
+    )
+    assert nib.load(tmp_path / "case_01_0000_seg.nii.gz").shape == SHAPE
+
+
 # -- inference and evaluation ----------------------------------------------------------
 
 
