@@ -33,12 +33,8 @@ from custom.preflight import check_keys
 
 MEASURED, MODELLED, UNKNOWN = "measured", "modelled", "unknown"
 _CHEAP_SECONDS = 20.0  # a dry run that is expected to take less is made without being asked for
-_EFFICIENCY = (
-    0.4  # of a large matrix product's speed; the smoke and train configs reach 0.3 to 0.6 on a CPU (ours)
-)
-_WORKER_BYTES = (
-    250e6  # private memory of a forked loader worker before it reads anything (ours, measured: 0.2 to 0.3 GB)
-)
+_EFFICIENCY = 0.4  # of a large matrix product's speed that a step reaches (a guess of ours, hence "modelled")
+_WORKER_BYTES = 250e6  # private memory of a loader worker before it reads anything (a guess of ours)
 
 
 @dataclass
