@@ -26,10 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import monai
 import nibabel as nib
 import numpy as np
-import yaml
+from monai.bundle import ConfigParser
 from tqdm import tqdm
 
 from custom.cli import export
@@ -71,7 +70,7 @@ class Plan:
     @property
     def organs(self) -> list[str]:
         """In the order of the label's value: the task's, else the bundle's."""
-        settings = yaml.safe_load(bundle_config(self.bundle, "train.yaml").read_text(encoding="utf-8"))
+        settings = ConfigParser.load_config_file(bundle_config(self.bundle, "train.yaml"))
         return list((settings | self._read("task.yaml"))["labels"])
 
     @property
@@ -81,12 +80,8 @@ class Plan:
         made_by = [self.bundle, self.held_back, self.drop_labels, *(self._read(name) for name in names)]
         return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
 
-    @property
-    def spacing(self) -> list[float]:
-        return [float(step) for step in self._read("task.yaml")["spacing"]]
-
     def _read(self, name: str) -> dict[str, Any]:
-        return dict(yaml.safe_load((self.folder / name).read_text(encoding="utf-8")))
+        return dict(ConfigParser.load_config_file(self.folder / name))
 
 
 def read_plan(folder: str | Path) -> Plan:
@@ -99,9 +94,8 @@ def read_plan(folder: str | Path) -> Plan:
     path = folder / "plan.yaml"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; name a folder of docs/experiments.")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
-        plan = Plan(folder=folder, **content)
+        plan = Plan(folder=folder, **ConfigParser.load_config_file(path))
     except TypeError as error:
         raise ValueError(f"{path}: {error}.") from error
     for name in ("task.yaml", "finetune.yaml", *(n for files in plan.arms.values() for n in files)):
@@ -308,7 +302,9 @@ def _as_command(words: list[str], log: Path) -> None:
 
 def main() -> None:
     """Prepare, then every run that is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("experiment", type=Path, help="a folder of docs/experiments")
     parser.add_argument("scans", type=Path, help="images and labels")
     parser.add_argument("work", type=Path, help="folder for everything that is made")
@@ -323,5 +319,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    monai.bundle  # noqa: B018  loaded before the first fork
     main()

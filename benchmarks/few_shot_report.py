@@ -95,7 +95,9 @@ def _means(plan: Plan, results: Results) -> str:
     def cell(arm: str, labelled: Labelled) -> str:
         overall = _overall(summarise(results[arm, labelled], "dsc"))
         missed = overall.counts["missed"]
-        return f"{overall.mean:.3f} [{overall.interval.low:.3f}, {overall.interval.high:.3f}], {missed} missed"
+        return (
+            f"{overall.mean:.3f} [{overall.interval.low:.3f}, {overall.interval.high:.3f}], {missed} missed"
+        )
 
     rows = [[labelled_name(n), *(cell(arm, n) for arm in plan.arms)] for n in plan.labelled]
     return _table(["labelled", *plan.arms], rows)
@@ -191,7 +193,9 @@ def _draw_differences(axes: Axes, plan: Plan, results: Results) -> None:
 
 def main() -> None:
     """Take rows, write table and figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("experiment", type=Path, help="a folder of docs/experiments")
     parser.add_argument("work", type=Path, nargs="?", help="folder of the runs")
     asked = parser.parse_args()

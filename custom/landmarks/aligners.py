@@ -249,7 +249,7 @@ class SamAligner:
         self._open()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("pair_map", "_cells")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("pair_map", "cells")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -279,10 +279,10 @@ class SamAligner:
 
     def _open(self) -> None:
         self.pair_map = functools.lru_cache(self.max_pairs)(self._fit)
-        self._cells = functools.lru_cache(16)(lambda name: body_cells(self.embeddings[name]))
+        self.cells = functools.lru_cache(16)(lambda name: body_cells(self.embeddings[name]))
 
     def _fit(self, scan_q: str, scan_k: str) -> PairMap:
-        return fit_pair_map(self._cells(scan_q), self._cells(scan_k))
+        return fit_pair_map(self.cells(scan_q), self.cells(scan_k))
 
 
 class Calibration(NamedTuple):
