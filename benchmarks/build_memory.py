@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -31,7 +32,7 @@ print(json.dumps({"peak": peak, "seconds": time.process_time() - began, "shape":
 """
 
 
-def write_ct(path: Path, shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> None:
+def write_ct(path: Path, shape: Sequence[int], spacing: Sequence[float]) -> None:
     """One slice at a time, so that this process stays small."""
     header = nib.Nifti1Header()
     header.set_data_shape(shape)
@@ -65,16 +66,14 @@ def main() -> None:
     parser.add_argument("--suffix", action="append", choices=[".nii", ".nii.gz"])
     parser.add_argument("--options", default="{}", help="of build_store, as JSON")
     given = parser.parse_args()
-    shape, voxel, spacing = (
-        [kind(v) for v in text.split(",")]
-        for kind, text in ((int, given.shape), (float, given.voxel), (float, given.spacing))
-    )
+    shape = [int(v) for v in given.shape.split(",")]
+    voxel, spacing = ([float(v) for v in text.split(",")] for text in (given.voxel, given.spacing))
     print(f"{'file':<9}{'on disk':>10}{'build, s':>10}{'peak RSS':>11}{'store':>9}  store's shape")
     for suffix in given.suffix or [".nii", ".nii.gz"]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "scans" / f"large{suffix}"
             path.parent.mkdir()
-            write_ct(path, tuple(shape), tuple(voxel))
+            write_ct(path, shape, voxel)
             command = [sys.executable, "-c", BUILD, str(path.parent), f"{folder}/store", json.dumps(spacing)]
             done = subprocess.run([*command, given.options], capture_output=True, text=True)
             if done.returncode:

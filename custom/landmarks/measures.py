@@ -51,6 +51,7 @@ class Figures(NamedTuple):
 
 STATISTICS: dict[str, Callable[[NDArray[np.float64]], Any]] = {
     "mean": np.mean,
+    "median": np.median,
     "P90": lambda values: np.sort(values)[math.ceil(0.9 * (len(values) - 1))],  # copes with infinite errors
     "within 10 mm": lambda values: (values <= NEAR_MM).mean(),
 }
