@@ -6,6 +6,8 @@ import pytest
 import torch
 from ignite.engine import Engine
 
+from conftest import write_scan
+from custom.data.build import build_store
 from custom.data.chunked import ChunkedArray, DamagedScan, StoreError
 from custom.data.pairs import PairDataset, pair_loader
 from custom.data.quarantine import QuarantineLog
@@ -25,6 +27,18 @@ def damaged(store, tmp_path):
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
     return VolumeStore(tmp_path / "store")
+
+
+class Watched(VolumeStore):
+    """Remembers which volumes were verified."""
+
+    def __init__(self, path, verified):
+        super().__init__(path)
+        self.verified = verified
+
+    def verify(self, name):
+        self.verified.append(name)
+        super().verify(name)
 
 
 def read_all(pairs):
@@ -66,6 +80,32 @@ def test_pairs_with_a_damaged_scan_are_drawn_anew_and_the_others_stay(store, dam
             assert torch.equal(now["crop_q"], before["crop_q"]) and now["set_aside"] == 0
     assert redrawn and pairs.quarantine.names == ["case1"]
     assert caplog.text.count("Quarantined case1") == 1
+
+
+def test_a_scan_damaged_where_no_crop_looks_is_in_no_pair_either(tmp_path):
+    """Quarantine is of scans: a chunk that no pair of the run touches is enough."""
+    for i in range(3):
+        write_scan(tmp_path / f"scans/case{i}.nii.gz", seed=i, shape=(31, 29, 150))
+    store = build_store(tmp_path / "scans", tmp_path / "store", spacing=(3.0, 3.0, 4.0), progress=False)
+    read_all(whole := dataset(store))
+    assert whole.quarantine.names == []
+    path = volume_path(store.path, "case1", "hu")
+    content = bytearray(path.read_bytes())
+    last = ChunkedArray(path)._array.schunk.get_chunk(2)
+    place = bytes(content).index(bytes(last))
+    content[place + len(last) // 2] ^= 0xFF
+    path.write_bytes(content)
+    pairs = dataset(VolumeStore(store.path))
+    pairs.store.read_crop("case1", (0, 0, 0), CROP)  # its first chunk is whole
+    assert all("case1" not in (pairs[i]["scan_q"], pairs[i]["scan_k"]) for i in range(PAIRS))
+    assert pairs.quarantine.names == ["case1"]
+
+
+def test_a_scan_is_verified_once_in_a_run(store):
+    pairs, verified = dataset(store), []
+    pairs.store = Watched(store.path, verified)
+    read_all(pairs)
+    assert sorted(verified) == sorted(set(verified)) and len(verified) > 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])

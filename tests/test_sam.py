@@ -202,6 +202,7 @@ def test_the_nearest_fine_cell_is_half_the_voxel_rounded_down(voxel):
 
 def test_a_path_a_metatensor_and_a_pair_embed_alike(model, tmp_path):
     volume, affine = scan_of("RAS", (1.5, 1.5, 3.0), (40, 35, 12))
+    volume[:4] = -1000.0  # a file without air is refused
     nib.save(nib.Nifti1Image(volume[..., None], affine), tmp_path / "scan.nii.gz")
     want = embed_scan(model, (volume, affine))
     assert want.shape == (30, 27, 18)
@@ -246,6 +247,15 @@ def test_the_network_sees_z_y_x_growing_towards_superior_posterior_left(model):
     assert (inputs[0] > 0).nonzero().tolist() == [[0, 0, 13, 19 - 5, 23 - 2]]
 
 
+def test_what_is_no_ct_is_refused_by_its_file_and_spoken_of_in_memory(tmp_path, caplog):
+    mr = np.random.default_rng(0).integers(0, 900, (9, 10, 11)).astype(np.int16)
+    nib.save(nib.Nifti1Image(mr, np.diag([2.0, 2.0, 2.0, 1.0])), tmp_path / "mr.nii.gz")
+    with pytest.raises(ValueError, match=r"mr\.nii\.gz.*no Hounsfield units"):
+        read_scan(tmp_path / "mr.nii.gz")
+    read_scan((mr, np.eye(4)))
+    assert "without air" in caplog.text
+
+
 def test_scans_without_a_place_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no place"):
         read_scan(np.zeros((3, 3, 3)))
@@ -256,7 +266,7 @@ def test_scans_without_a_place_are_refused(tmp_path):
     with pytest.raises(ValueError, match="must be positive"):
         to_grid(torch.zeros(3, 4, 5), np.eye(4), spacing=0.0)
     (tmp_path / "scan.nii").write_text("not an image")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"scan\.nii"):
         read_scan(tmp_path / "scan.nii")
     with pytest.raises(FileNotFoundError):
         read_scan(tmp_path / "nothing.nii.gz")

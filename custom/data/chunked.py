@@ -156,12 +156,19 @@ class ChunkedArray:
     def read(self, low: tuple[int, ...], high: tuple[int, ...]) -> np.ndarray:
         """Voxels from ``low`` to before ``high``."""
         ranges = [range(a // c, -(-b // c)) for a, b, c in zip(low, high, self._chunks, strict=True)]
+        self._verify_box(ranges)
+        return np.asarray(self._array[tuple(slice(a, b) for a, b in zip(low, high, strict=True))])
+
+    def verify(self) -> None:
+        """Compare every chunk's checksum."""
+        self._verify_box([range(n) for n in self._grid])
+
+    def _verify_box(self, ranges: list[range]) -> None:
         box = tuple(slice(r.start, r.stop) for r in ranges)
         if self._sums is not None and not self._seen[box].all():
             for place in itertools.product(*ranges):
                 if not self._seen[place]:
                     self._verify(place)
-        return np.asarray(self._array[tuple(slice(a, b) for a, b in zip(low, high, strict=True))])
 
     def _verify(self, place: tuple[int, ...]) -> None:
         number = int(np.ravel_multi_index(place, self._grid))

@@ -45,9 +45,10 @@ class PairDataset(Dataset):
     enough, the query's own scan serves as the key. Every pair is a function of ``(seed, i)`` alone: workers,
     ranks and restarts change nothing.
 
-    A pair that touches a damaged part of a scan (``DamagedScan``) is drawn anew from the other scans, from
-    ``(seed, i, number of scans set aside for it)``: which pairs those are depends on the store alone, not on what
-    another worker has met before. The scan is counted and named in ``quarantine``.
+    A scan is verified whole before its first crop is cut. One that is damaged anywhere (``DamagedScan``) is in no
+    pair: those that would use it are drawn anew from the other scans, from ``(seed, i, number of scans set aside for
+    it)``: which pairs those are depends on the store alone, not on what another worker has met before. The scan is
+    counted and named in ``quarantine``.
 
     Args:
         store: volumes on one grid.
@@ -125,6 +126,8 @@ class PairDataset(Dataset):
 
     def _item(self, index: int, without: tuple[str, ...]) -> dict[str, Any]:
         place = self.place(index, without)
+        for name in (place.scan_q, place.scan_k):
+            self.quarantine.examine(name, self.store.verify)
         return {
             "crop_q": self._crop(place.scan_q, place.start_q),
             "crop_k": self._crop(place.scan_k, place.start_k),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 class Quarantine:
     """Which scans of a run were found damaged, in memory that a loader's workers share.
 
+    A scan is verified whole before its first use, by whichever worker meets it first, so that it is damaged for every
+    pair or for none: what is drawn in its place then depends on the store alone.
+
     Args:
         names: of the run's scans.
         allowed: how many may be damaged; one more stops the run.
@@ -32,12 +35,30 @@ class Quarantine:
         self._index = {name: i for i, name in enumerate(sorted(set(names)))}
         self.allowed = allowed
         self._damaged = torch.zeros(len(self._index), dtype=torch.bool).share_memory_()
+        self._whole = torch.zeros(len(self._index), dtype=torch.bool).share_memory_()
 
     @property
     def names(self) -> list[str]:
         """The damaged scans that this process or one of its workers has met."""
         flags = self._damaged.tolist()
         return [name for name, i in self._index.items() if flags[i]]
+
+    def examine(self, name: str, verify: Callable[[str], None]) -> None:
+        """Let a scan be used only if all of it is whole.
+
+        Args:
+            name: of the scan.
+            verify: reads all of it and raises ``DamagedScan``; called once, whatever the number of workers.
+
+        Raises:
+            DamagedScan: if it was found damaged, now or before.
+        """
+        i = self._index[name]
+        if self._damaged[i]:
+            raise DamagedScan(f"{name} was set aside as damaged.", name)
+        if not self._whole[i]:
+            verify(name)
+            self._whole[i] = True
 
     def add(self, error: DamagedScan) -> None:
         """Set a scan aside.

@@ -16,6 +16,7 @@ from custom.data.reasons import Fault, Reason
 
 logger = logging.getLogger(__name__)
 
+NO_AIR_HU = -200  # the least value of a scan that shows no air (ours)
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 _LABEL_NAME = re.compile(r"(^|[_\-. ])(labels?|seg|segmentation|mask)$|^label\d+$", re.IGNORECASE)
 _LABEL_FOLDER = re.compile(r"^(labels?|masks?|seg(mentation)?s?)(tr|ts|va)?$", re.IGNORECASE)
@@ -239,7 +240,7 @@ def refuse_hu(path: Path, low: float, high: float) -> None:
     """
     if high < -500:
         raise ScanError(f"{path}: all air (largest value {high:g} HU). Leave it out.")
-    if low > -200:
+    if low > NO_AIR_HU:
         raise ScanError(
             f"{path}: values run from {low:g} to {high:g}, without air: these are no Hounsfield units "
             "(MR, or CT without its intercept?). Convert it to HU, give its profile (mr), or leave it out."

@@ -159,6 +159,17 @@ class VolumeStore:
         """Whether a label map was stored with the scan."""
         return self._record(name).label_sha256 is not None
 
+    def verify(self, name: str) -> None:
+        """Compare the checksums of all chunks of a volume and its body mask, without decompressing them.
+
+        Raises:
+            DamagedScan: if one differs, or a file is missing; volumes of format 1 have none to compare.
+        """
+        for kind in ("hu", "body"):
+            array = self._open(name, kind)
+            with self._named(name, kind):
+                array.verify()
+
     def check(self) -> dict[str, str]:
         """Decode every file and compare checksums: name -> what is wrong; empty if all is well."""
         return dict(self.faults())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import nibabel as nib
@@ -12,6 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+
+from custom.data.scans import NO_AIR_HU, check_hu, read_volume
+
+logger = logging.getLogger(__name__)
 
 Triple: TypeAlias = tuple[int, int, int]
 Level: TypeAlias = Literal["fine", "coarse"]
@@ -70,14 +76,17 @@ def hu_to_units(volume_hu: Tensor) -> Tensor:
 
 
 def read_scan(scan: Scan) -> tuple[Tensor, NDArray[np.float64]]:
-    """Values (X, Y, Z), float32 on the CPU, and affine to world mm of what :func:`embed_scan` takes."""
+    """Values (X, Y, Z), float32 on the CPU, and affine to world mm of what :func:`embed_scan` takes.
+
+    A file is read as ``alice scan`` reads it, and refused if its values cannot be Hounsfield units; of what lies in
+    memory already, a crop perhaps, it is only said.
+    """
     array: Any
     if isinstance(scan, str | PathLike):
-        try:
-            image = nib.load(scan)
-        except nib.filebasedimages.ImageFileError as error:
-            raise ValueError(f"{scan} cannot be read as NIfTI: {error}") from error
-        array, affine = np.asarray(image.dataobj, dtype=np.float32), image.affine
+        if not Path(scan).is_file():
+            raise FileNotFoundError(f"{scan}: no such file.")
+        array, affine = read_volume(Path(scan))
+        check_hu(Path(scan), array)  # for what it refuses; nothing is rounded here
     elif isinstance(scan, tuple):
         array, affine = scan
     elif hasattr(scan, "affine"):
@@ -100,6 +109,12 @@ def read_scan(scan: Scan) -> tuple[Tensor, NDArray[np.float64]]:
         raise ValueError(f"Expected one 3D volume, got shape {tuple(volume.shape)}.")
     if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-9:
         raise ValueError(f"Expected an invertible 4 x 4 affine, got {matrix.tolist()}.")
+    if not isinstance(scan, str | PathLike) and volume.min() > NO_AIR_HU:
+        logger.warning(
+            "The scan's values run from %g to %g, without air: is it a CT in HU? SAM knows no other.",
+            volume.min(),
+            volume.max(),
+        )
     return volume, matrix
 
 
