@@ -293,11 +293,12 @@ def execute(words: Sequence[str], log: Path) -> None:
 
 
 def _as_command(words: list[str], log: Path) -> None:
-    with log.open("a", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        sys.argv = ["-m", *words[1:]]
-        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    sys.argv = ["-m", *words[1:]]
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
-from custom.data.build import MARGIN_MM
-from custom.data.needs import BYTES_A_VOXEL, needs_of
+from custom.data.needs import BYTES_A_VOXEL, MARGIN_MM, needs_of
+from custom.data.remote import is_url
 from custom.data.scans import ScanError
 from custom.data.store import VolumeStore
 from custom.estimate_data import (
@@ -108,13 +108,14 @@ def estimate(
     get = settings.get_parsed_content
     made = Estimate()
     model = _model_of(files, overrides, processes)
-    store = Path(str(get("store_dir"))).expanduser()
-    opened = VolumeStore(store) if (store / "index.json").is_file() else None
-    corpus = _disk(made, get, store, model)
+    store = _place(get("store_dir"))
+    there = is_url(str(store)) or (Path(store) / "index.json").is_file()
+    opened = VolumeStore(store) if there else None
+    corpus = _disk(made, get, store, opened, model)
     _host_memory(made, get, opened, corpus)
     device = get("device")
     _device_memory_model(made, get, model, device)
-    _pace(made, files, overrides, processes, get, opened, model, device, measure)
+    _pace(made, files, overrides, processes, get, store, opened, model, device, measure)
     return made
 
 
@@ -153,20 +154,28 @@ def _model_of(files: Sequence[str], overrides: dict[str, Any] | None, processes:
 # -- disk and memory ------------------------------------------------------------------------------------------
 
 
-def _disk(made: Estimate, get: Any, store: Path, model: StepModel) -> int:
+def _place(setting: Any) -> str | Path:
+    """A folder or file of the config, or a URL as it is."""
+    return str(setting) if is_url(str(setting)) else Path(str(setting)).expanduser()
+
+
+def _disk(made: Estimate, get: Any, store: str | Path, opened: VolumeStore | None, model: StepModel) -> int:
     """Rows for the disk; how many scans there are."""
     spacing = [float(n) for n in get("spacing")]
-    source = Path(str(get("dataset_dir"))).expanduser()
+    source = _place(get("dataset_dir"))
     scans, volumes = 0, []
-    if (store / "index.json").is_file():
-        opened = VolumeStore(store)
+    if opened is not None:
         scans, volumes = (
             len(opened),
             [math.prod(opened.shape(name)) * math.prod(spacing) for name in opened.names],
         )
         made.add("scans", scans, "", MEASURED, str(store))
-        made.add("disk: store", folder_bytes(store) / 1e9, "GB", MEASURED)
-    elif source.exists():
+        if isinstance(store, Path):
+            made.add("disk: store", folder_bytes(store) / 1e9, "GB", MEASURED)
+        else:
+            size = sum(volumes) / math.prod(spacing) * BYTES_A_VOXEL / 1e9
+            made.add("disk: store", size, "GB", MODELLED, f"its copy in {opened.path}")
+    elif is_url(str(source)) or Path(source).exists():
         try:
             listed = scans_of(source)
         except ScanError as error:
@@ -175,7 +184,7 @@ def _disk(made: Estimate, get: Any, store: Path, model: StepModel) -> int:
         else:
             scans = len(listed)
             wanted = needs_of(
-                listed, store, {"spacing": spacing, "crop_margin_mm": MARGIN_MM}, max(1, get("workers"))
+                listed, Path(store), {"spacing": spacing, "crop_margin_mm": MARGIN_MM}, max(1, get("workers"))
             )
             made.add("scans", scans, "", MEASURED, f"{source}, before any is refused")
             made.add(
@@ -252,6 +261,7 @@ def _pace(
     overrides: dict[str, Any] | None,
     processes: int,
     get: Any,
+    store: str | Path,
     opened: VolumeStore | None,
     model: StepModel,
     device: torch.device,
@@ -284,7 +294,7 @@ def _pace(
             files,
             overrides,
             processes,
-            store={"_target_": "custom.data.store.VolumeStore", "path": str(opened.path)},
+            store={"_target_": "custom.data.store.VolumeStore", "path": str(store)},
         )
         each = seconds_a_pair(reader.get_parsed_content("train::dataset"), collate, batch)
         how_each, note = MEASURED, "pairs of this store, one process"

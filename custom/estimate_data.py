@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from custom.data.manifest import Manifest
+from custom.data.remote import is_url
 from custom.data.scans import Scan, list_scans
 from custom.landmarks.packing import FINE_BITS
 from custom.landmarks.sam import EMBEDDING_DIM
@@ -27,16 +28,17 @@ def folder_bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
-def scans_of(source: Path) -> list[Scan]:
-    """The scans of a manifest, folder or datalist, with what a manifest knows of their grids; nothing is decoded."""
+def scans_of(source: str | Path) -> list[Scan]:
+    """The scans of a manifest (or its URL), folder or datalist, with what a manifest knows of their grids.
+
+    Nothing is decoded, or fetched but the manifest.
+    """
+    if is_url(str(source)):
+        return Manifest.load(str(source)).scans(fetch=False)
+    source = Path(source)
     if not source.is_file() or not is_manifest(source):
         return list_scans(source)
-    manifest = Manifest.load(source)
-    scans, known = manifest.scans(), {record.id: record for record in manifest.records}
-    for scan in scans:
-        record = known[scan.name]
-        scan.extra.update(shape=record.shape, spacing_mm=record.spacing_mm, body_mm=record.body_mm)
-    return scans
+    return Manifest.load(source).scans(fetch=False)
 
 
 def is_manifest(path: Path) -> bool:

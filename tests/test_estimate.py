@@ -3,11 +3,13 @@
 import json
 import math
 
+import fsspec
 import pytest
 from conftest import REPO
 
+from custom.data.manifest import scan_folder
 from custom.estimate import MEASURED, MODELLED, UNKNOWN, dry_run, estimate, to_json
-from custom.estimate_data import MadeUpPairs, folder_bytes
+from custom.estimate_data import MadeUpPairs, folder_bytes, scans_of
 from custom.preflight import ConfigKeyError, plain_message
 
 CONFIGS = REPO / "bundles" / "alice_pretrain" / "configs"
@@ -120,3 +122,17 @@ def test_bad_settings_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="three positive numbers"):
         MadeUpPairs([4, 4])
     assert math.isfinite(estimate(files(), SMALL, measure=False)["TFLOP a step"].value)
+
+
+def test_data_at_urls_are_counted_where_they_lie(scans, store, tmp_path, monkeypatch):
+    monkeypatch.setattr("custom.data.remote.Path.home", lambda: tmp_path / "home")
+    manifest = scan_folder(scans, output=tmp_path / "m.json", progress=False)
+    system = fsspec.filesystem("memory")
+    system.pipe_file("/there/m.json", (tmp_path / "m.json").read_bytes().replace(b'"../', b'"'))
+    listed = scans_of("memory://there/m.json")  # the scans themselves are not there, and not asked for
+    assert [one.name for one in listed] == [one.name for one in manifest.scans()]
+    assert all(one.extra["shape"] for one in listed)
+    system.rm("/there", recursive=True)
+    made = estimate(files(), SMALL | {"store_dir": store.path.as_uri()}, measure=False)
+    assert made["scans"].value == len(store) and made["disk: store"].how == MODELLED
+    assert made["CPU ms a pair, loader"].how == MEASURED

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import time
 import zlib
 from pathlib import Path
@@ -84,6 +85,9 @@ def test_a_folder_of_everything_is_told_apart(mixed):
     assert len({record.patient for record in manifest.usable}) == 4
     assert manifest.others == {".txt": 1}
     assert "4 patients can be used" in summary(manifest)
+    assert re.search(
+        r"alice build at 1.5 x 1.5 x 2 mm: up to [\d.]+ [MG]B of disk, about \d+ min", summary(manifest)
+    )
 
 
 def test_a_record_says_what_the_scan_holds(mixed):
@@ -601,7 +605,15 @@ def test_the_page_shows_counts_refusals_and_pictures(mixed, tmp_path):
     DAMAGES["the_same_with_noise"].make(tmp_path)
     (tmp_path / "<script>.nii.gz").touch()
     html = intake_page(scan(tmp_path)).html()
-    for word in ("empty_file", "near_duplicate", "There twice", "Middle slices", "HU of 2 usable CTs"):
+    for word in (
+        "empty_file",
+        "near_duplicate",
+        "There twice",
+        "Middle slices",
+        "HU of 2 usable CTs",
+        "repeats ",
+        "of disk, about",
+    ):
         assert word in html
     assert "<script>.nii" not in html and html.count("<img") >= 6
     (tmp_path / "empty").mkdir()

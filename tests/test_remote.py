@@ -61,6 +61,22 @@ def test_a_volume_that_changed_is_fetched_anew(store, url, tmp_path):
         VolumeStore(url, cache=tmp_path).read_crop(name, (0, 0, 0), (4, 4, 4))
 
 
+def test_a_damaged_copy_is_named_with_the_way_to_a_new_one(store, url, tmp_path):
+    name = store.names[1]
+    VolumeStore(url, cache=tmp_path).verify(name)
+    copy = next(tmp_path.rglob(f"{name}.hu.b2nd"))
+    content = bytearray(copy.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    copy.unlink()
+    copy.write_bytes(content)
+    with pytest.raises(
+        StoreError, match=rf"bucket/store/volumes/{name}.hu.b2nd: damaged.*{tmp_path}.*fetch it again"
+    ):
+        VolumeStore(url, cache=tmp_path).verify(name)
+    copy.unlink()
+    VolumeStore(url, cache=tmp_path).verify(name)
+
+
 def test_what_cannot_be_fetched_is_named(url, tmp_path, scans):
     with pytest.raises(StoreError, match=r"memory://bucket/nothing/index.json: missing"):
         VolumeStore("memory://bucket/nothing", cache=tmp_path)

@@ -17,13 +17,14 @@ from conftest import REPO
 from ignite.engine import Events
 from monai.bundle import ConfigParser
 from monai.bundle.scripts import ckpt_export, run, verify_net_in_out
+from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import UNETR, SwinUNETR
 from safetensors.torch import save_file
 
 from custom.encoders.masked_swin import MaskedSwin
 from custom.encoders.masked_vit import MaskedViT
 from custom.evaluation.folds import few_shot, split_folds
-from custom.evaluation.rules import BTCV_ORGANS, FLARE22_ORGANS
+from custom.evaluation.rules import BTCV, BTCV_ORGANS, FLARE22, FLARE22_ORGANS
 from custom.json_configs import COPIED
 from custom.preflight import check_keys
 from custom.transfer.encoder_weights import WeightsError, resize_encoder
@@ -121,6 +122,8 @@ def test_organs_are_those_of_the_scores_in_label_order(name):
     channels = json.loads((folder / "metadata.json").read_text())["network_data_format"]["outputs"]["pred"]
     expected = {"0": "background"} | {str(i): organ for i, organ in enumerate(BUNDLES[name], 1)}
     assert channels["channel_def"] == expected and channels["num_channels"] == 14
+    tolerances = ConfigParser.load_config_file(folder / "evaluate.yaml")["tolerances_mm"]
+    assert tuple(tolerances) == {"alice_seg_flare": FLARE22, "alice_seg_btcv": BTCV}[name].tolerances_mm
     for config in ("train", "inference"):
         assert tuple(ConfigParser.load_config_file(folder / f"{config}.yaml")["labels"]) == BUNDLES[name]
 
@@ -142,7 +145,7 @@ def test_training_and_inference_agree(name):
         ConfigParser.load_config_file(REPO / "bundles" / name / "configs" / f"{config}.yaml")
         for config in ("train", "inference")
     )
-    for key in ("labels", "spacing", "window_hu", "roi_size", "network_def", "num_classes", "label_folders"):
+    for key in ("labels", "spacing", "window_hu", "roi_size", "network_def", "num_classes", "label_folders", "shapes", "faults", "unfit"):
         assert train[key] == inference[key], key
 
 
@@ -270,29 +273,44 @@ def test_an_image_without_label_is_named(cohort, tmp_path):
     ("grid", "case_01.nii.gz: image and label lie on different grids"),
     ("place", "case_01.nii.gz: image and label lie on different grids"),
     ("empty", "case_01.nii.gz: the label is empty"),
+    ("image", "case_01_0000.nii.gz has no value below 0: it is no CT, or not in Hounsfield units."),
 ])  # fmt: skip
-def test_a_faulty_label_is_refused_by_name(cohort, tmp_path, fault, message):
-    path = tmp_path / "case_01.nii.gz"
-    label = nib.load(cohort / "labels" / path.name)
-    voxels, affine = np.array(label.dataobj), label.affine.copy()
+def test_a_faulty_case_is_refused_by_name_in_training_and_in_evaluation(cohort, tmp_path, fault, message):
+    image, label = (
+        nib.load(cohort / kind / name)
+        for kind, name in (("images", "case_01_0000.nii.gz"), ("labels", "case_01.nii.gz"))
+    )
+    volume, voxels, affine = np.array(image.dataobj), np.array(label.dataobj), label.affine.copy()
     if fault == "value":
         voxels[4, 4, 4] = 17
     elif fault == "grid":
         voxels = voxels[1:]
     elif fault == "place":
         affine[0, 3] += 5
+    elif fault == "image":
+        volume += 1024
     else:
         voxels[:] = 0
-    nib.save(nib.Nifti1Image(voxels, affine), path)
-    load_case = parser_of("train", **TINY).get_parsed_content("validate::preprocessing")
-    case = {"image": str(cohort / "images" / "case_01_0000.nii.gz"), "label": str(path)}
-    with pytest.raises(RuntimeError) as refused:
-        load_case(case)
-    causes, error = [], refused.value
+    case = {"image": str(tmp_path / "case_01_0000.nii.gz"), "label": str(tmp_path / "case_01.nii.gz")}
+    nib.save(nib.Nifti1Image(volume, image.affine), case["image"])
+    nib.save(nib.Nifti1Image(voxels, affine), case["label"])
+    for names, key in (
+        (("train",), "validate::preprocessing"),
+        (("train", "inference", "evaluate"), "dataset::transform"),
+    ):
+        with pytest.raises(RuntimeError) as refused:
+            parser_of(*names, **TINY).get_parsed_content(key)(case)
+        causes = causes_of(refused.value)
+        assert any(message in cause for cause in causes), causes
+
+
+def causes_of(error):
+    """What an error and those it came from say: MONAI wraps the errors of transforms."""
+    said = []
     while error:
-        causes.append(str(error))
+        said.append(str(error))
         error = error.__cause__
-    assert any(message in cause for cause in causes), causes
+    return said
 
 
 # -- training ----------------------------------------------------------------------
@@ -384,9 +402,12 @@ def test_a_swin_encoder_fills_swin_unetr_whole(tmp_path):
 
 
 @pytest.mark.parametrize("fault, message", [
-    ("prefix", "Missing key"), ("other", "size mismatch"), ("short", "Missing key"), ("positions", "size mismatch"),
+    ("prefix", "e.pt does not fit the encoder: every name starts with module."),
+    ("other", "e.pt does not fit the encoder: patch_embedding.position_embeddings is [1, 4, 36], not [1, 4, 48]"),
+    ("short", "e.pt does not fit the encoder: norm.bias is missing, not [48]."),
+    ("positions", "e.pt does not fit the encoder: patch_embedding.position_embeddings is [1, 32, 48], not [1, 4, 48]."),
 ])  # fmt: skip
-def test_an_encoder_that_does_not_fit_is_refused(tmp_path, fault, message):
+def test_an_encoder_that_does_not_fit_is_refused_by_name(tmp_path, cohort, fault, message):
     size, width = (
         ([64, 64, 32], 48) if fault == "positions" else ([32, 32, 16], 36 if fault == "other" else 48)
     )
@@ -397,9 +418,11 @@ def test_an_encoder_that_does_not_fit_is_refused(tmp_path, fault, message):
     if fault == "short":
         state.popitem()
     torch.save(state, tmp_path / "e.pt")
-    with pytest.raises(RuntimeError) as refused:
-        parser_of("train", **TINY, pretrained=str(tmp_path / "e.pt")).get_parsed_content("network")
-    assert message in str(refused.value.__cause__)
+    parser = parser_of("train", **TINY, pretrained=str(tmp_path / "e.pt"), dataset_dir=str(cohort))
+    (problem,) = filter(None, parser.get_parsed_content("problems"))
+    assert message in problem
+    with pytest.raises(RuntimeError):  # nor does any other way to the network lead past it
+        parser.get_parsed_content("network")
 
 
 def test_an_encoder_is_resized_to_the_crops_of_fine_tuning():
@@ -546,21 +569,24 @@ def test_what_is_no_ct_is_refused_by_name(tmp_path, fill, message):
     nib.save(nib.Nifti1Image(np.full((20, 21, 22), fill, np.float32), np.eye(4)), tmp_path / "scan.nii.gz")
     with pytest.raises(RuntimeError) as refused:
         parser_of("inference").get_parsed_content("preprocessing")({"image": str(tmp_path / "scan.nii.gz")})
-    error, causes = refused.value, []
-    while error:
-        causes.append(str(error))
-        error = error.__cause__
+    causes = causes_of(refused.value)
     assert any(c.endswith(f"scan.nii.gz {message}") for c in causes), causes
 
 
-@pytest.mark.parametrize("fault", ["prefix", "other"])
-def test_weights_of_another_network_are_refused(cohort, trained, tmp_path, fault):
+@pytest.mark.parametrize("fault, message", [
+    ("prefix", r"m.pt does not fit the network: every name starts with module., as DataParallel saves them"),
+    ("other", r"m.pt does not fit the network: out.conv.conv.weight is \[3, 4, 1, 1, 1\], not \[14, 4, 1, 1, 1\]\."),
+    ("short", r"m.pt does not fit the network: out.conv.conv.bias is missing, not \[14\]\."),
+])  # fmt: skip
+def test_weights_of_another_network_are_refused_by_name(cohort, trained, tmp_path, fault, message):
     state = torch.load(trained / "model_finetuned.pt", weights_only=True)
     state = {f"module.{k}" if fault == "prefix" else k: v for k, v in state.items()}
     if fault == "other":
         state["out.conv.conv.weight"] = state["out.conv.conv.weight"][:3]
+    if fault == "short":
+        del state["out.conv.conv.bias"]
     torch.save(state, tmp_path / "m.pt")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(SystemExit, match=message):
         bundle_run(
             "inference",
             dataset_dir=str(cohort),
@@ -569,6 +595,25 @@ def test_weights_of_another_network_are_refused(cohort, trained, tmp_path, fault
             **TINY,
         )
     assert not list(tmp_path.rglob("*.nii.gz"))
+
+
+@pytest.mark.parametrize("config, key", [("inference", "inferer"), ("train", "validate::inferer")])
+def test_where_the_gpus_memory_ends_windows_are_put_together_on_the_cpu(config, key, monkeypatch, caplog):
+    asked = []
+
+    def crowded(inferer, inputs, network, *args, device, **more):
+        asked.append(str(device))
+        if device == inputs.device:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return "stitched"
+
+    class OnGpu:
+        is_cuda, device, shape = True, torch.device("cuda:0"), torch.Size([1, 1, 40, 40, 40])
+
+    monkeypatch.setattr(SlidingWindowInferer, "__call__", crowded)
+    with caplog.at_level("WARNING"):
+        assert parser_of(config, **TINY).get_parsed_content(key)(OnGpu(), None) == "stitched"
+    assert asked == ["cuda:0", "cpu"] and "GPU stitching failed" in caplog.text
 
 
 def test_missing_scans_and_weights_end_in_one_line(cohort, tmp_path):

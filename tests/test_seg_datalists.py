@@ -54,6 +54,7 @@ def test_scans_of_one_patient_stay_together(tmp_path):
     ("empty", "P1_scan.nii.gz: is empty. Leave the case out, or pass --allow_empty."),
     ("grid", "P1_scan.nii.gz has shape (22, 25, 22)"),
     ("alone", "P1_scan_0000.nii.gz: has no label."),
+    ("image", "P1_scan_0000.nii.gz: has no value below 0: it is no CT, or not in Hounsfield units."),
 ])  # fmt: skip
 def test_faults_are_named(tmp_path, fault, message):
     cohort(tmp_path)
@@ -66,13 +67,17 @@ def test_faults_are_named(tmp_path, fault, message):
         voxels[:] = 0
     elif fault == "grid":
         voxels = voxels[:, 1:]
+    if fault == "image":
+        image = nib.load(tmp_path / "images" / "P1_scan_0000.nii.gz")
+        shifted = np.array(image.dataobj) + 1024
+        nib.save(nib.Nifti1Image(shifted, image.affine), image.get_filename())
     path.unlink()
     if fault != "alone":
         nib.save(nib.Nifti1Image(voxels, label.affine), path)
     problems = make_datalist(tmp_path, tmp_path, classes=ORGANS).problems
     assert len(problems) == 1 and message in problems[0]
     allowed = make_datalist(tmp_path, tmp_path, classes=[*ORGANS, "organ 14"], allow_empty=True).problems
-    assert bool(allowed) == (fault in ("grid", "alone"))
+    assert bool(allowed) == (fault in ("grid", "alone", "image"))
 
 
 def test_case_names_are_those_of_train_yaml():

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from custom.data.arguments import number, voxel_size, whole_number
 from custom.data.convert import convert, record_path, stamp
 from custom.data.manifest import Manifest
-from custom.data.needs import needs_of
+from custom.data.needs import MARGIN_MM, SPACING, needs_of
 from custom.data.parts import faults_of_parts, save_faults, share
 from custom.data.profiles import profile_of
 from custom.data.remote import is_url
@@ -36,7 +37,6 @@ from custom.processes import rank, wait_for_all
 
 logger = logging.getLogger(__name__)
 
-MARGIN_MM = 10.0  # of air kept around the body (ours)
 _SETTINGS = "build.json"  # of a build that is not finished
 
 
@@ -52,7 +52,7 @@ class Built:
 def build_store(
     source: str | Path | Sequence[Scan],
     store: str | Path,
-    spacing: Sequence[float] = (1.5, 1.5, 2.0),
+    spacing: Sequence[float] = SPACING,
     bad_scans_allowed: int = 0,
     workers: int = 1,
     patient_pattern: str | None = None,
@@ -102,7 +102,7 @@ def build_part(
     source: str | Path | Sequence[Scan],
     store: str | Path,
     part: str,
-    spacing: Sequence[float] = (1.5, 1.5, 2.0),
+    spacing: Sequence[float] = SPACING,
     bad_scans_allowed: int = 0,
     workers: int = 1,
     patient_pattern: str | None = None,
@@ -147,8 +147,7 @@ class _Build:
     ) -> None:
         if is_url(store):
             raise StoreError(f"{store}: a store is built in a folder; copy it to the URL afterwards.")
-        if len(spacing) != 3 or not all(0.1 <= s <= 20 for s in spacing):
-            raise ValueError(f"spacing must be three numbers of mm between 0.1 and 20, got {list(spacing)}.")
+        wanted = voxel_size(spacing)
         self.store, profile = (store := Path(store)), None
         index = read_index(store) if (store / "index.json").is_file() else {}
         if not isinstance(source, str | Path):
@@ -157,7 +156,7 @@ class _Build:
             patient_pattern = patient_pattern or index.get("patient_pattern")
             self.scans, profile = _listed(source, patient_pattern)
         self.patient_pattern = patient_pattern
-        self.settings = _settings(store, index, [float(s) for s in spacing], profile, **asked)
+        self.settings = _settings(store, index, wanted, profile, **asked)
         refused = faults_of_parts(store) | index.get("refused", {})
         self.faults = {n: f for n, f in refused.items() if _same_file(f, n, self.scans)}
         self.tolerated = set(self.faults)  # were let pass, or reported, before
@@ -167,6 +166,8 @@ class _Build:
         self, part: str | None, bad_scans_allowed: int, workers: int, progress: bool, check_disk: bool
     ) -> None:
         """Build what is missing, of all or of a part."""
+        whole_number("workers", workers, 0)
+        whole_number("bad_scans_allowed", bad_scans_allowed, 0)
         store = self.store
         todo = [
             scan
@@ -266,12 +267,7 @@ def _listed(source: str | Path, patient_pattern: str | None) -> tuple[list[Scan]
         if not path.is_file() or b'"alice-manifest' not in path.open("rb").read(4096):
             return list_scans(path, patient_pattern), None
         manifest = Manifest.load(path)
-    scans = manifest.scans()
-    known = {record.id: record for record in manifest.records}
-    for scan in scans:  # what the estimate of disk and time wants
-        record = known[scan.name]
-        scan.extra.update(shape=record.shape, spacing_mm=record.spacing_mm, body_mm=record.body_mm)
-    return scans, str(manifest.rules.get("profile", "ct"))
+    return manifest.scans(), str(manifest.rules.get("profile", "ct"))
 
 
 def _settings(
@@ -290,8 +286,8 @@ def _settings(
         StoreError: naming what differs.
     """
     there = index.get("settings") or _begun(store)
-    if margin_mm is not None and not 0 <= margin_mm <= 1000:
-        raise ValueError(f"margin_mm must be between 0 and 1000, got {margin_mm}.")
+    if margin_mm is not None:
+        margin_mm = number("margin_mm", margin_mm, 0, 1000)
     if crop_body is False and margin_mm is not None:
         raise ValueError(f"margin_mm = {margin_mm} says nothing without crop_body.")
     known = there or {"crop_margin_mm": MARGIN_MM, "remove_table": False, "profile": manifest_profile or "ct"}

@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 from matplotlib.figure import Figure
 
-from custom.data.manifest import Manifest
+from custom.data.manifest import Manifest, cost_of_build
 from custom.data.reasons import REJECTED
 from custom.data.records import HISTOGRAM_HU, ScanRecord
 from custom.data.scans import ScanError
@@ -39,6 +39,8 @@ def intake_page(manifest: Manifest, *, pictures: int = 12, pairs: int = 6) -> Pa
         "GB of usable files": sum(record.bytes for record in manifest.usable) / 1e9,
     }
     page.facts(facts)
+    if manifest.usable:
+        page.text(f"{cost_of_build(manifest)}. A body smaller than its scan takes less.")
     page.section("Counts").table(
         ("kind", "accepted", "warned", "rejected"),
         [(kind, *found.values()) for kind, found in sorted(counts.items())],
@@ -64,9 +66,10 @@ def intake_page(manifest: Manifest, *, pictures: int = 12, pairs: int = 6) -> Pa
             [(reason.value, reason.status, len(found), reason.sentence) for reason, found in reasons.items()],
         )
         listed = [record for record in manifest.records if record.reasons]
+        paths = {record.id: record.path for record in manifest.records}
         page.table(
             ("path", "status", "reasons", "detail"),
-            [(_printable(r.path), r.status, ", ".join(r.reasons), r.detail) for r in listed[:_ROWS]],
+            [(_printable(r.path), r.status, ", ".join(r.reasons), _detail(r, paths)) for r in listed[:_ROWS]],
             f"The first {_ROWS} of {len(listed)}; the manifest names all." if len(listed) > _ROWS else "",
         )
     if manifest.usable:
@@ -142,6 +145,14 @@ def middle_slice(manifest: Manifest, record: ScanRecord, longest: int = 192) -> 
         for new, old in zip(size, plane.shape, strict=True)
     )
     return plane[np.ix_(rows, columns)].T
+
+
+def _detail(record: ScanRecord, paths: dict[str, str]) -> str:
+    """Numbers that explain a reason, what a scan repeats, and what it leaks into."""
+    repeated = (
+        record.duplicate_of and f"repeats {_printable(paths.get(record.duplicate_of, record.duplicate_of))}"
+    )
+    return "; ".join(part for part in (record.detail, repeated, *map(_printable, record.leaks)) if part)
 
 
 def _gallery(page: Page, manifest: Manifest, records: Sequence[ScanRecord], caption: str) -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import fsspec
 
+from custom.data.arguments import whole_number
 from custom.data.dicom_series import MIN_SLICES
 from custom.data.manifest_file import Manifest, ManifestError
 from custom.data.names import name_all, pair_labels
+from custom.data.needs import MARGIN_MM, SPACING, needs_of
 from custom.data.reasons import REJECTED
 from custom.data.records import PROFILES, Rules
 from custom.data.remote import is_url
@@ -69,6 +71,7 @@ def scan_folder(
         The manifest, saved if ``output`` was given. Whatever the files hold, no error comes from them.
 
     Raises:
+        ValueError: for a number of slices or workers that is none.
         ManifestError: for a folder that is none, an unknown profile, a pattern that is none, or an ``output`` or
             ``against`` that cannot be used.
     """
@@ -83,6 +86,8 @@ def scan_folder(
         raise ManifestError(
             f"patient_pattern {patient_pattern!r} is no regular expression: {error}."
         ) from error
+    whole_number("min_slices", min_slices, 1)
+    whole_number("workers", workers, 0)
     salt = salt or _kept_salt(output)
     rules = Rules(profile, min_slices, most_bytes, salt, hash_ids, patient_pattern or "")
     manifest = Manifest(folder.resolve(), rules=shown(rules))
@@ -139,12 +144,22 @@ def _kept_salt(output: Path | None) -> str:
     return salt
 
 
+def cost_of_build(manifest: Manifest, workers: int = 4) -> str:
+    """What ``alice build`` with its defaults will take, in a sentence."""
+    settings = {"spacing": list(SPACING), "crop_margin_mm": MARGIN_MM}
+    needs = needs_of(manifest.scans(fetch=False), manifest.folder, settings, workers)
+    voxel = " x ".join(f"{size:g}" for size in SPACING)
+    return f"alice build at {voxel} mm: {needs.of_a_build()} with {workers} processes"
+
+
 def summary(manifest: Manifest) -> str:
     """A few lines for the terminal."""
     lines = [str(manifest.folder)]
     for kind, found in sorted(manifest.counts().items()):
         lines.append(f"{kind:<8}" + "  ".join(f"{number} {status}" for status, number in found.items()))
     lines.append(f"{len({record.patient for record in manifest.usable})} patients can be used")
+    if manifest.usable:
+        lines.append(cost_of_build(manifest))
     for reason, records in manifest.by_reason().items():
         lines.append(f"{len(records):>6}  {reason.value:<18}{reason.sentence}")
     return "\n".join(lines)

@@ -92,21 +92,24 @@ class Manifest:
             raise ScanError(f"{path}: {fault}") from fault
         return voxels.scaled(voxels.raw), voxels.affine
 
-    def scans(self) -> list[Scan]:
+    def scans(self, fetch: bool = True) -> list[Scan]:
         """What a store is built from: usable images, a near-duplicate under the patient of what it repeats.
 
-        A DICOM series has its first slice as ``image`` and all of them, in order, under ``extra["files"]``. Of a
-        manifest at a URL, every usable file is fetched.
+        A DICOM series has its first slice as ``image`` and all of them, in order, under ``extra["files"]``; the
+        extra also holds what a build's disk and time are told from. Of a manifest at a URL, every usable file is
+        fetched, or with ``fetch`` False only said where its copy will lie.
         """
         patients = {record.id: record.patient for record in self.records}
+        place = self.path_of if fetch else self.folder.joinpath
         found = []
         for record in self.usable:
             extra: dict[str, Any] = {"profile": record.profile, "modality": record.modality}
+            extra |= {"shape": record.shape, "spacing_mm": record.spacing_mm, "body_mm": record.body_mm}
             if record.format == "dicom":
-                extra["files"] = [self.path_of(name) for name in record.files]
-            image = extra["files"][0] if record.format == "dicom" else self.path_of(record.path)
+                extra["files"] = [place(name) for name in record.files]
+            image = extra["files"][0] if record.format == "dicom" else place(record.path)
             patient = patients.get(record.duplicate_of or "", record.patient)
-            label = self.path_of(record.label) if record.label else None
+            label = place(record.label) if record.label else None
             found.append(Scan(record.id, image, patient, label, extra))
         return found
 

@@ -15,6 +15,8 @@ import numpy as np
 from custom.data.chunked import StoreError
 from custom.data.scans import Scan
 
+SPACING = (1.5, 1.5, 2.0)  # mm of a store, unless another is asked for
+MARGIN_MM = 10.0  # of air kept around the body (ours)
 # Measured, see docs/data.md: bytes a voxel of the store (0.9 to 1.2 on real CT), and seconds of one core.
 BYTES_A_VOXEL = 1.0
 READ_SECONDS = 2.5e-8  # a voxel of the scan: unpacked and resampled
@@ -37,6 +39,10 @@ class Needs:
             f"{self.volumes} volumes to build: up to {_size(self.bytes)} of {_size(self.free)} free, "
             f"about {_time(self.seconds)}."
         )
+
+    def of_a_build(self) -> str:
+        """Disk and time alone, before it is known where to."""
+        return f"up to {_size(self.bytes)} of disk, about {_time(self.seconds)}"
 
     def refuse_small_disk(self, store: Path) -> None:
         """Refuse before anything is written.

@@ -253,9 +253,12 @@ class VolumeStore:
             if isinstance(error, DamagedScan):
                 raise
             what = str(error) or type(error).__name__
-            raise DamagedScan(
-                f"{self._where(name, kind)}: damaged ({what}). Delete it and build the store again.", name
-            ) from error
+            way_out = "Delete it and build the store again."
+            if self._remote is not None:
+                way_out = (
+                    f"Delete its copy under {self.path} to fetch it again, or mend the store at the URL."
+                )
+            raise DamagedScan(f"{self._where(name, kind)}: damaged ({what}). {way_out}", name) from error
 
     def _record(self, name: str) -> VolumeRecord:
         if name not in self.records:

@@ -119,6 +119,10 @@ def _faults(scan: Scan, num_classes: int, allow_empty: bool) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
+    if not np.isfinite(image.voxels).all():
+        yield f"{scan.image}: holds values that are no numbers."
+    elif image.voxels.min() >= 0:
+        yield f"{scan.image}: has no value below 0: it is no CT, or not in Hounsfield units."
     values = np.unique(label.voxels)
     strange = [float(v) for v in values if v not in range(num_classes + 1)][:5]
     if strange:

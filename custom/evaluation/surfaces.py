@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from monai.metrics.utils import create_table_neighbour_code_to_surface_area
+from monai.metrics.utils import ENCODING_KERNEL, _get_neighbour_code_to_normals_table
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
@@ -41,10 +41,10 @@ def nsd(prediction: ArrayLike, reference: ArrayLike, spacing: Sequence[float], t
     if not prediction.any() or not reference.any():
         return 0.0
 
-    table, kernel = create_table_neighbour_code_to_surface_area(spacing)
+    table = _surface_areas(spacing)
     prediction, reference = cropped_pair(prediction, reference)
-    border_p, area_p = _surface_elements(prediction, table.double().numpy(), kernel.numpy()[0, 0])
-    border_r, area_r = _surface_elements(reference, table.double().numpy(), kernel.numpy()[0, 0])
+    border_p, area_p = _surface_elements(prediction, table)
+    border_r, area_r = _surface_elements(reference, table)
     # scipy's own float64 distances: a surface at exactly the tolerance is within it
     found_p = ndimage.distance_transform_edt(~border_r, sampling=spacing)[border_p] <= tolerance_mm
     found_r = ndimage.distance_transform_edt(~border_p, sampling=spacing)[border_r] <= tolerance_mm
@@ -72,12 +72,19 @@ def hd95(prediction: ArrayLike, reference: ArrayLike, spacing: Sequence[float]) 
     return float(max(np.percentile(distance_p, 95), np.percentile(distance_r, 95)))
 
 
+def _surface_areas(spacing: Sequence[float]) -> NDArray[np.float64]:
+    """Area in mm² of the surface in each of the 256 neighbourhoods, in float64 as DeepMind's (MONAI's own is float32)."""
+    normals = _get_neighbour_code_to_normals_table().double().numpy()  # (256, 4, 3), multiples of 1/8
+    x, y, z = spacing
+    return np.linalg.norm(normals * (y * z, x * z, x * y), axis=-1).sum(axis=-1)
+
+
 def _surface_elements(
-    mask: NDArray[np.bool_], table: NDArray[np.float64], kernel: NDArray[np.integer]
+    mask: NDArray[np.bool_], table: NDArray[np.float64]
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Where the surface runs, at the corners between voxels, and the area of each of its elements in mm²."""
     code = np.zeros([size - 1 for size in mask.shape], np.uint8)
-    for (i, j, k), bit in np.ndenumerate(kernel):
+    for (i, j, k), bit in np.ndenumerate(np.asarray(ENCODING_KERNEL[3])):
         code += bit.astype(np.uint8) * mask[i:, j:, k:][tuple(slice(size) for size in code.shape)]
     border = (code != 0) & (code != 255)
     return border, table[code[border]]

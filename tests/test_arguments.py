@@ -1,0 +1,31 @@
+import pytest
+
+from custom.data.arguments import number, voxel_size, whole_number
+from custom.data.build import build_store
+from custom.data.manifest import scan_folder
+
+
+@pytest.mark.parametrize(
+    "spacing", [3, (3, 3), (0, 3, 3), ("a", "b", "c"), "abc", (3, 3, True), None, (3, 3, float("nan"))]
+)
+def test_a_spacing_that_is_none_is_refused(spacing, tmp_path):
+    with pytest.raises(ValueError, match="spacing must be three numbers of mm between 0.1 and 20, got"):
+        build_store([], tmp_path / "store", spacing=spacing)
+    assert not (tmp_path / "store").exists()
+
+
+def test_numbers_come_through_and_others_are_named():
+    assert voxel_size([1, 1.5, 2]) == [1.0, 1.5, 2.0] and number("margin_mm", 3, 0, 9) == 3.0
+    assert whole_number("workers", 0, 0) == 0
+    for value in ("abc", -3, True, None):
+        with pytest.raises(ValueError, match="margin_mm must be between 0 and 1000, got"):
+            number("margin_mm", value, 0, 1000)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"workers": "many"}, {"workers": -1}, {"min_slices": "few"}, {"min_slices": 2.5}]
+)
+def test_a_scan_with_wrong_numbers_is_refused_before_it_starts(wrong, tmp_path):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a whole number of at least"):
+        scan_folder(tmp_path, output=tmp_path / "m.json", **wrong)
+    assert not list(tmp_path.iterdir())
