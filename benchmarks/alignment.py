@@ -95,9 +95,9 @@ def stored(scans: Path, path: Path) -> VolumeStore:
 def made(asked: argparse.Namespace, store: VolumeStore, embeddings: Path) -> dict[str, Aligner]:
     """The aligners, with embeddings of the store's scans."""
     info = read_sam_metadata(asked.weights)
-    embed_store(
-        load_sam_weights(asked.weights), info["sha256"], store, embeddings, threshold=info.get("threshold")
-    )
+    if any(name.startswith("sam") for name in asked.aligners):
+        network = load_sam_weights(asked.weights)
+        embed_store(network, info["sha256"], store, embeddings, threshold=info.get("threshold"))
     return {n: make_aligner(n, store, embeddings if n.startswith("sam") else None) for n in asked.aligners}
 
 

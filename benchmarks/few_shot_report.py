@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from few_shot import Labelled, Plan, labelled_name, read_plan, runs_of
+from few_shot_plan import Labelled, Plan, labelled_name, read_plan, runs_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -76,6 +76,7 @@ def markdown(plan: Plan, results: Results) -> str:
         f"# {plan.folder.resolve().name}: pre-trained against scratch, few labels",
         f"{over}. Written by `benchmarks/few_shot_report.py` from `rows/`; what was done, and what it shows, is in "
         "[Experiments](../README.md).",
+        "\n".join(verdict(plan, results, a, b) for a, b in plan.compare),
         "![Mean DSC of the arms, and paired differences with 95 % intervals](figure.svg)",
         "## Means",
         "DSC, mean over patients of each patient's mean over organs, and its 95 % interval over seeds and patients. "
@@ -113,6 +114,17 @@ def _differences(plan: Plan, results: Results) -> str:
                 cells += [_difference(line), f"{line.p_value:.3f}"]
             rows.append(cells)
     return _table(["labelled", "A", "B", "DSC, B - A", "p", "NSD at 2 mm, B - A", "p"], rows)
+
+
+def verdict(plan: Plan, results: Results, a: str, b: str) -> str:
+    """In words, where the interval of the overall DSC's difference excludes 0, and where it does not."""
+    found: dict[str, list[str]] = {}
+    for labelled in plan.labelled:
+        line = _overall(compare(results[a, labelled], results[b, labelled], "dsc"))
+        told = ("better" if line.difference > 0 else "worse") if excludes_zero(line) else "not told apart"
+        found.setdefault(told, []).append(f"{labelled_name(labelled)} ({line.difference:+.3f})")
+    said = "; ".join(f"{told} with {' and '.join(where)} labelled" for told, where in found.items())
+    return f"- **{b} against {a}**: {said}."
 
 
 def _organs(plan: Plan, results: Results, a: str, b: str) -> str:

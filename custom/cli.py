@@ -74,7 +74,7 @@ def scan(
         o: the manifest to write.
         report: an HTML page to write.
         against: other manifests or datalists to check for leakage.
-        profile: of intensities, ct or mr.
+        profile: of intensities, ct, mr or zscore.
         min_slices: fewer make no volume.
         patient_pattern: regular expression on the path; its first group is the patient.
         hash_ids: write salted hashes instead of patients' identifiers.

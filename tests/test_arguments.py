@@ -2,7 +2,9 @@ import pytest
 
 from custom.data.arguments import number, voxel_size, whole_number
 from custom.data.build import build_store
+from custom.data.chunked import StoreError
 from custom.data.manifest import scan_folder
+from custom.data.manifest_file import Manifest, ManifestError
 
 
 @pytest.mark.parametrize(
@@ -29,3 +31,14 @@ def test_a_scan_with_wrong_numbers_is_refused_before_it_starts(wrong, tmp_path):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a whole number of at least"):
         scan_folder(tmp_path, output=tmp_path / "m.json", **wrong)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_store_where_a_file_lies_is_refused(tmp_path):
+    (tmp_path / "m.json").write_text("[]")
+    with pytest.raises(StoreError, match="m.json: is a file; a store is a folder"):
+        build_store([], tmp_path / "m.json")
+
+
+def test_a_manifest_of_an_unknown_protocol_is_said_once():
+    with pytest.raises(ManifestError, match=r"^nosuch://b/m.json: cannot be read.*copy the manifest\.$"):
+        Manifest.load("nosuch://b/m.json")

@@ -15,6 +15,7 @@ from custom.preflight import check_keys
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 import few_shot
+import few_shot_plan
 import few_shot_report
 
 EXPERIMENTS = sorted(path.parent for path in (REPO / "docs" / "experiments").glob("*/plan.yaml"))
@@ -29,17 +30,17 @@ def small_plan(folder, **changes):
     )
     content = ConfigParser.load_config_file(folder / "plan.yaml") | changes
     (folder / "plan.yaml").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-    return few_shot.read_plan(folder)
+    return few_shot_plan.read_plan(folder)
 
 
 @pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda folder: folder.name)
 def test_every_override_names_a_key_of_the_config_it_changes(folder):
-    plan = few_shot.read_plan(folder)
+    plan = few_shot_plan.read_plan(folder)
     changed = [("task.yaml", plan.bundle, "train.yaml"), ("task.yaml", plan.bundle, "inference.yaml")]
     changed += [("finetune.yaml", plan.bundle, "train.yaml")]
     changed += [(name, "alice_pretrain", "train.yaml") for files in plan.arms.values() for name in files]
     for name, bundle, config in changed:
-        complete = ConfigParser.load_config_file(few_shot.bundle_config(bundle, config))
+        complete = ConfigParser.load_config_file(few_shot_plan.bundle_config(bundle, config))
         check_keys(complete, ConfigParser.load_config_file(folder / name), name)
 
 
@@ -53,19 +54,19 @@ def test_crops_of_pre_training_are_those_of_fine_tuning_and_left_stays_left(fold
 
 
 def test_openkbp_has_the_runs_that_were_promised():
-    plan = few_shot.read_plan(REPO / "docs" / "experiments" / "openkbp")
-    runs = list(few_shot.runs_of(plan))
+    plan = few_shot_plan.read_plan(REPO / "docs" / "experiments" / "openkbp")
+    runs = list(few_shot_plan.runs_of(plan))
     assert len(runs) == len(set(runs)) == len({run.folder for run in runs}) == 6 + 27
     for run in (r for r in runs if r.labelled is not None and plan.arms[r.arm]):
-        assert runs.index(few_shot.Run(run.arm, run.seed)) < runs.index(run)
-    assert few_shot.Run("scratch", 0) not in runs
+        assert runs.index(few_shot_plan.Run(run.arm, run.seed)) < runs.index(run)
+    assert few_shot_plan.Run("scratch", 0) not in runs
 
 
 def test_arms_of_a_row_differ_in_the_encoder_alone(tmp_path):
-    plan = few_shot.read_plan(REPO / "docs" / "experiments" / "openkbp")
+    plan = few_shot_plan.read_plan(REPO / "docs" / "experiments" / "openkbp")
     commands = {}
     for arm in plan.arms:
-        words = few_shot.finetune_words(plan, few_shot.Run(arm, 2, 10), tmp_path)
+        words = few_shot_plan.finetune_words(plan, few_shot_plan.Run(arm, 2, 10), tmp_path)
         commands[arm] = [word.replace(f"/{arm}/", "/ARM/") for word in words]
     added = len(commands["scratch"])
     assert commands["MAE"][:added] == commands["Alice"][:added] == commands["scratch"]
@@ -78,7 +79,7 @@ def test_arms_of_a_row_differ_in_the_encoder_alone(tmp_path):
 
 
 def test_mae_differs_from_alice_in_the_similarities_alone():
-    plan = few_shot.read_plan(REPO / "docs" / "experiments" / "openkbp")
+    plan = few_shot_plan.read_plan(REPO / "docs" / "experiments" / "openkbp")
     assert plan.arms["MAE"] == [*plan.arms["Alice"], "mae.yaml"]
     changed = ConfigParser.load_config_file(plan.folder / "mae.yaml")
     assert changed == {"weight_dv": 0.0, "weight_st": 0.0}
@@ -86,7 +87,7 @@ def test_mae_differs_from_alice_in_the_similarities_alone():
 
 @pytest.mark.parametrize(("labelled", "name"), [(3, "3"), (10, "10"), (1.0, "all"), (0.1, "10pc"), (1, "1")])
 def test_one_patient_and_everybody_have_different_names(labelled, name):
-    assert few_shot.labelled_name(labelled) == name
+    assert few_shot_plan.labelled_name(labelled) == name
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_nobody_or_everybody_held_back_is_refused(scans, tmp_path, pattern):
 
 def test_what_is_finished_is_not_run_again_and_a_failure_names_its_log(tmp_path):
     plan = small_plan(tmp_path / "plan")
-    run = few_shot.Run("scratch", 0, 3)
+    run = few_shot_plan.Run("scratch", 0, 3)
     rows = tmp_path / run.folder / "rows.csv"
     rows.parent.mkdir(parents=True)
     rows.write_text("finished")
@@ -184,7 +185,11 @@ def test_the_table_states_means_and_marks_intervals_without_zero(reported):
     means = {arm: np.mean([row["dsc"] for row in results[arm, 3]]) for arm in reported.arms}
     assert f"| 3 | {means['scratch']:.3f} [" in text
     assert f"**{means['Alice'] - means['scratch']:+.3f} [" in text
+    gain = means["Alice"] - means["scratch"]
+    assert f"- **Alice against scratch**: better with 3 ({gain:+.3f}) labelled." in text
+    assert f"worse with 3 ({-gain:+.3f})" in few_shot_report.verdict(reported, results, "Alice", "scratch")
     same = dict.fromkeys(results, results["scratch", 3])
+    assert "not told apart with 3 (+0.000)" in few_shot_report.markdown(reported, same)
     assert "**+" not in few_shot_report.markdown(reported, same)
 
 
@@ -204,6 +209,6 @@ def test_a_run_that_is_missing_is_named(reported, tmp_path):
 
 @pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda folder: folder.name)
 def test_the_committed_table_follows_from_the_committed_rows(folder):
-    plan = few_shot.read_plan(folder)
+    plan = few_shot_plan.read_plan(folder)
     text = few_shot_report.markdown(plan, few_shot_report.read_results(plan))
     assert (folder / "table.md").read_text(encoding="utf-8") == text

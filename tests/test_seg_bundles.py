@@ -145,7 +145,18 @@ def test_training_and_inference_agree(name):
         ConfigParser.load_config_file(REPO / "bundles" / name / "configs" / f"{config}.yaml")
         for config in ("train", "inference")
     )
-    for key in ("labels", "spacing", "window_hu", "roi_size", "network_def", "num_classes", "label_folders", "shapes", "faults", "unfit"):
+    for key in (
+        "labels",
+        "spacing",
+        "window_hu",
+        "roi_size",
+        "network_def",
+        "num_classes",
+        "label_folders",
+        "shapes",
+        "faults",
+        "unfit",
+    ):
         assert train[key] == inference[key], key
 
 
@@ -184,7 +195,7 @@ def test_the_from_scratch_twin_differs_in_one_key():
     train = ConfigParser.load_config_file(FLARE / "configs" / "train.yaml")
     assert train["pretrained"] is None
     readers = [k for k, v in train.items() if "@pretrained" in json.dumps(v)]
-    assert readers == ["problems", "initial"]
+    assert readers == ["problems", "encoder_misfit", "initial"]
 
 
 # -- who trains and who is held back -----------------------------------------------

@@ -148,6 +148,8 @@ class _Build:
         if is_url(store):
             raise StoreError(f"{store}: a store is built in a folder; copy it to the URL afterwards.")
         wanted = voxel_size(spacing)
+        if Path(store).exists() and not Path(store).is_dir():
+            raise StoreError(f"{store}: is a file; a store is a folder. Choose another place.")
         self.store, profile = (store := Path(store)), None
         index = read_index(store) if (store / "index.json").is_file() else {}
         if not isinstance(source, str | Path):
@@ -179,7 +181,10 @@ class _Build:
             logger.info("%s: %s", store, needs)
             if check_disk:
                 needs.refuse_small_disk(store)
-        store.mkdir(parents=True, exist_ok=True)
+        try:
+            store.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{store}: cannot be made ({error.strerror}). Choose another place.") from error
         if not (store / _SETTINGS).is_file() and not (store / "index.json").is_file():
             write_text(store / _SETTINGS, json.dumps(self.settings))
         mine = tuple(f"{scan.name}." for scan in todo)

@@ -154,6 +154,8 @@ class Manifest:
         path = Path(path) if not url else path
         try:
             content = json.loads(_read_url(url) if url else Path(path).read_text(encoding="utf-8"))
+        except ManifestError:
+            raise
         except OSError as error:
             raise ManifestError(
                 f"{path}: cannot be read ({error.strerror or type(error).__name__}). Make one: alice scan FOLDER"
