@@ -67,7 +67,7 @@ def scan(
     salt: str | None = None,
     workers: int = 4,
 ) -> None:
-    """Say what is in a folder: which scans can be used, which cannot and why; resumable. Exit code 0, 1 or 2.
+    """Say what is in a folder: which scans can be used, which cannot and why; resumable. Exit code 0, 3 or 4 (1: it failed).
 
     Args:
         folder: of NIfTI, NRRD, MetaImage, and DICOM.

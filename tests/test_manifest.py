@@ -567,9 +567,9 @@ def test_exit_codes_tell_scripts_what_to_do(tmp_path):
     np.savez(tmp_path / "good" / "table.npz", a=1)
     assert exit_code(scan(tmp_path / "good")) == 0
     (tmp_path / "good" / "bad.nii.gz").touch()
-    assert exit_code(scan(tmp_path / "good")) == 1
+    assert exit_code(scan(tmp_path / "good")) == 3
     (tmp_path / "empty").mkdir()
-    assert exit_code(scan(tmp_path / "empty")) == 2
+    assert exit_code(scan(tmp_path / "empty")) == 4
 
 
 def test_nothing_that_names_a_patient_is_written(tmp_path):

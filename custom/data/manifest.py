@@ -25,13 +25,15 @@ from custom.data.work import examine, known_records, partial_of, shown
 
 
 def exit_code(manifest: Manifest) -> int:
-    """For scripts: 0 if every image can be used, 1 if some were rejected, 2 if none can be used.
+    """For scripts: 0 if every image can be used, 3 if some were rejected, 4 if none can be used.
 
-    A warning does not count, nor do labels and files that hold no volume.
+    A warning does not count, nor do labels and files that hold no volume. 1 and 2 are left to a command that fails
+    and to one that is called wrongly.
     """
     if not manifest.usable:
-        return 2
-    return int(any(record.kind == "image" and record.status == REJECTED for record in manifest.records))
+        return 4
+    rejected = any(record.kind == "image" and record.status == REJECTED for record in manifest.records)
+    return 3 if rejected else 0
 
 
 def scan_folder(
