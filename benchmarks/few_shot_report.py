@@ -111,7 +111,7 @@ def _differences(plan: Plan, results: Results) -> str:
             cells = [labelled_name(labelled), a, b]
             for metric in ("dsc", "nsd"):
                 line = _overall(compare(results[a, labelled], results[b, labelled], metric))
-                cells += [_difference(line), f"{line.p_value:.3f}"]
+                cells += [_difference(line), f"{line.p_value:.3f}" if line.p_value >= 0.001 else "< 0.001"]
             rows.append(cells)
     return _table(["labelled", "A", "B", "DSC, B - A", "p", "NSD at 2 mm, B - A", "p"], rows)
 
