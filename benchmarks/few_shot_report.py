@@ -188,7 +188,7 @@ def _draw_means(axes: Axes, plan: Plan, results: Results) -> None:
 
 
 def _draw_differences(axes: Axes, plan: Plan, results: Results) -> None:
-    names = []
+    names: list[str] = []
     axes.axvline(0, color="#8a94a3", linewidth=1)
     for labelled in plan.labelled:
         for a, b in plan.compare:

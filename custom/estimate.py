@@ -205,10 +205,10 @@ def _disk(made: Estimate, get: Any, store: str | Path, opened: VolumeStore | Non
     elif Path(str(embeddings)).is_dir():
         made.add("disk: embeddings", folder_bytes(Path(str(embeddings))) / 1e9, "GB", MEASURED)
     else:
-        size = sum(map(embedding_bytes, volumes)) / 1e9 if volumes else None
+        embedded = sum(map(embedding_bytes, volumes)) / 1e9 if volumes else None
         made.add(
             "disk: embeddings",
-            size,
+            embedded,
             "GB",
             MODELLED,
             "of the authors' network, half of each scan being body; ours takes a quarter",

@@ -152,15 +152,10 @@ def plain_message(error: BaseException) -> str | None:
         ours = bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
         if ours and isinstance(link, (ValueError, RuntimeError)):
             return str(link)
-        if type(link).__module__.startswith(
-            f"{__package__}."
-        ):  # passed on by a loader's worker, with its traceback
-            return (
-                str(link)
-                .strip()
-                .splitlines()[-1]
-                .removeprefix(f"{type(link).__module__}.{type(link).__name__}: ")
-            )
+        if type(link).__module__.startswith(f"{__package__}."):
+            # passed on by a loader's worker, with its traceback: the last line is "module.Name: message"
+            last = str(link).strip().splitlines()[-1]
+            return last.partition(f".{type(link).__name__}: ")[2] or last
     return None
 
 

@@ -37,7 +37,7 @@ def files(*names):
                 "network_def": {
                     "_target_": "custom.encoders.masked_swin.MaskedSwin", "in_chans": 1, "embed_dim": 12, "window_size": [7, 7, 7],
                     "patch_size": [2, 2, 2], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8],
-                }, "batch_size": 3,
+                }, "batch_size": 3, "crop_size": [64, 64, 32],
             },
             marks=pytest.mark.slow, id="swin",
         ),

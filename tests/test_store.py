@@ -164,7 +164,7 @@ def test_a_build_killed_midway_goes_on_where_it_stopped(tmp_path):
         write_scan(tmp_path / "scans" / f"p{i}.nii.gz", i, shape=(120, 110, 90))
     code = f"from custom.data.build import build_store; build_store({str(tmp_path / 'scans')!r}, {str(tmp_path / 's')!r}, (2.0, 2.0, 2.0), progress=False)"
     process = subprocess.Popen([sys.executable, "-c", code])
-    while len(list((tmp_path / "s").rglob("*.json"))) < 3 and process.poll() is None:
+    while len(list((tmp_path / "s" / "volumes").glob("*.json"))) < 3 and process.poll() is None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

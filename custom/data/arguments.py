@@ -34,7 +34,7 @@ def voxel_size(spacing: Sequence[float]) -> list[float]:
     Raises:
         ValueError: if they are not three numbers between 0.1 and 20.
     """
-    given = list(spacing) if isinstance(spacing, list | tuple) else [spacing]
+    given: list[Any] = list(spacing) if isinstance(spacing, list | tuple) else [spacing]
     numeric = all(isinstance(s, int | float) and not isinstance(s, bool) for s in given)
     if len(given) != 3 or not numeric or not all(0.1 <= s <= 20 for s in given):
         raise ValueError(f"spacing must be three numbers of mm between 0.1 and 20, got {given}.")

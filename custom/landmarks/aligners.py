@@ -18,7 +18,9 @@ from custom.landmarks.search import REFUSED, Method
 
 logger = logging.getLogger(__name__)
 
-MIN_SUPPORT = 0.12  # ours: scans of unlike regions reach 0.08, of like ones 0.2 and more; see the SAM bundle's docs
+MIN_SUPPORT = (
+    0.12  # ours: scans of unlike regions reach 0.08, of like ones 0.2 and more; see the SAM bundle's docs
+)
 
 
 class ScanGeometry(Protocol):
