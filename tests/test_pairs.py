@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -225,3 +228,21 @@ def test_masks_follow_the_sample_not_the_batch():
         Masking(kind="grid")
     with pytest.raises(ValueError, match="flip must be three"):
         TargetView(flip=(0.5, 2, 0))
+
+
+def test_a_program_ends_though_workers_are_left_that_do_not_hear_its_signal(store):
+    code = (
+        "import sys, torch\n"
+        "from custom.data.pairs import PairDataset, pair_loader\n"
+        "from custom.data.store import VolumeStore\n"
+        "from custom.landmarks.aligners import make_aligner\n"
+        "store = VolumeStore(sys.argv[1])\n"
+        "loader = pair_loader(PairDataset(store, make_aligner('random', store), (16, 16, 16)), 1, 1000, workers=2)\n"
+        "sys.kept = iter(loader)\n"  # lives to the very end
+        "next(sys.kept)\n"
+        "print('drawn')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(store.path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "drawn", done.stderr

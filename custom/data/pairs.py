@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import multiprocessing
+import multiprocessing.util  # registers what must run after ours
 import signal
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -296,19 +297,12 @@ class RankedBatches(Sampler[list[int]]):
         return max(self.batches - self.start, 0)
 
 
-class PairLoader(DataLoader):
-    """Ends its workers before Python waits for them: they do not hear the signal by which Python would."""
-
-    def __iter__(self) -> Any:
-        iterator = super().__iter__()
-        if self.num_workers:
-            atexit.register(_end_workers, weakref.ref(iterator))
-        return iterator
-
-
-def _end_workers(kept: weakref.ref) -> None:
-    if (iterator := kept()) is not None:  # an error's traceback may keep it
-        iterator._shutdown_workers()
+@atexit.register
+def _end_workers() -> None:
+    """End loader workers that are left, before Python waits for them: they do not hear its signal to end."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def pair_loader(
@@ -325,7 +319,7 @@ def pair_loader(
 
     ``collate`` is best a ``MaskedBatch``, which draws masks and plans in the workers.
     """
-    return PairLoader(
+    return DataLoader(
         dataset,
         batch_sampler=RankedBatches(batch_size, batches, 0, rank, world_size),
         num_workers=workers,
