@@ -192,7 +192,7 @@ def run(folder: Path, options: argparse.Namespace) -> None:
         ("exact, from the file", (stored_q, stored_k), {}),
         ("fast, from the file", (stored_q, stored_k), {"method": "fast"}),
         (
-            "fast and refined, from the file (what `sam` does)",
+            "fast and refined, from the file (what `sam_nearest` does)",
             (stored_q, stored_k),
             {"method": "fast", "refine": True},
         ),
