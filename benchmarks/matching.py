@@ -257,10 +257,9 @@ def drawing(folder: Path, store: Any, options: argparse.Namespace) -> None:
     agreed = SamAligner(store, folder / "embeddings", 0.0)
     rng, voxels = np.random.default_rng(0), store.body_voxels("q")
 
-    def ours(aligner: SamAligner, new_pair: bool = False) -> None:
-        if new_pair:  # nothing is known of either scan
-            agreed.pair_map.cache_clear()
-            agreed.cells.cache_clear()
+    def ours(aligner: SamAligner, new_scans: bool = False) -> None:
+        if new_scans:  # nothing is known of either
+            agreed.blocks.cache_clear()
         point = to_world(store.affine("q"), voxels[rng.integers(len(voxels))])
         match = aligner.align("q", point, "k", rng)
         if match.score == REFUSED and aligner is nearest:
@@ -287,8 +286,8 @@ def drawing(folder: Path, store: Any, options: argparse.Namespace) -> None:
 
     ways = {
         "`sam_nearest`": lambda: ours(nearest),
-        "`sam`, a pair of scans met before": lambda: ours(agreed),
-        "`sam`, a new pair: its map is fitted first": lambda: ours(agreed, True),
+        "`sam`, both scans drawn a moment ago": lambda: ours(agreed),
+        "`sam`, two new scans": lambda: ours(agreed, True),
     }
     theirs_s = seconds(theirs, 2)
     print(

@@ -7,9 +7,10 @@ import pytest
 import torch
 from test_matching import waves
 
-from custom.landmarks.consensus import PairMap, body_cells, fit_pair_map, match_near, robust_affine
+from custom.landmarks.consensus import PairMap, fit_pair_map, match_near, robust_affine
 from custom.landmarks.matching import match_points
 from custom.landmarks.scan_grid import STRIDES_ZYX, ScanEmbedding, cell_to_world
+from custom.landmarks.searchable import prepare
 
 SHAPE = (96, 80, 64)  # voxels of 2 mm along x, y, z
 AFFINE = np.diag([-2.0, -2.0, 2.0, 1.0])
@@ -56,7 +57,7 @@ def scans() -> tuple[ScanEmbedding, ScanEmbedding]:
 
 @pytest.fixture(scope="module")
 def pair(scans) -> PairMap:
-    return fit_pair_map(body_cells(scans[0]), body_cells(scans[1]))
+    return fit_pair_map(*(prepare(scan).blocks for scan in scans))
 
 
 def test_an_affine_map_is_found_among_as_many_wrong_matches():
@@ -101,13 +102,27 @@ def test_bending_is_followed_where_an_affine_map_cannot(scans, pair):
     )
 
 
+def test_a_map_about_one_point_needs_a_quarter_of_the_anchors(scans, pair):
+    blocks = [prepare(scan).blocks for scan in scans]
+    points = some_points(60)
+    truth = across(points)
+    about = [fit_pair_map(*blocks, about_mm=point) for point in points]
+    assert {len(map_.anchors_mm) for map_ in about} <= set(range(97, 129))
+    here = np.linalg.norm([m(p[None])[0] - t for m, p, t in zip(about, points, truth, strict=True)], axis=1)
+    assert here.mean() < 1.15 * np.linalg.norm(pair(points) - truth, axis=1).mean()
+    again = fit_pair_map(*blocks, about_mm=points[0])
+    np.testing.assert_array_equal(
+        again(points), about[0](points)
+    )  # a pair of crops is a function of its number
+
+
 def test_strangers_do_not_agree(scans):
     stranger = embedding(True, 1.2, seed=77)
-    assert fit_pair_map(body_cells(scans[0]), body_cells(stranger)).support < 0.2
+    assert fit_pair_map(prepare(scans[0]).blocks, prepare(stranger).blocks).support < 0.2
 
 
-def test_the_pooled_cells_compare_as_whole_similarities(scans):
-    cells = body_cells(scans[0])
+def test_blocks_compare_as_whole_similarities(scans):
+    cells = prepare(scans[0]).blocks
     np.testing.assert_allclose(np.linalg.norm(cells.vectors, axis=1), 1.0, atol=1e-5)
     assert len(cells.points_mm) == 8 * 10 * 12
     corner = np.linalg.norm(cells.points_mm - (AFFINE @ np.array([3.5, 3.5, 3.5, 1.0]))[:3], axis=1).min()

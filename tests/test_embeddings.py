@@ -18,6 +18,7 @@ from custom.landmarks.embeddings import body_cells, embed_folder, embed_store
 from custom.landmarks.matching import match_points
 from custom.landmarks.packing import levels_of, pack, quantise, unpack
 from custom.landmarks.sam import embed_scan
+from custom.landmarks.searchable import prepare
 from custom.landmarks.stored_embedding import StoredEmbedding
 
 WEIGHTS = "a" * 64
@@ -64,6 +65,9 @@ def test_what_is_stored_is_nearly_what_was_given(tmp_path):
     torch.testing.assert_close(stored.coarse, embedding.coarse, atol=1e-3, rtol=0)
     np.testing.assert_array_equal(stored.affine, embedding.affine)
     assert stored.shape == embedding.shape
+    blocks, whole = StoredEmbedding(saved.path).blocks, prepare(embedding).blocks
+    np.testing.assert_allclose((blocks.vectors * whole.vectors).sum(axis=1), 1.0, atol=5e-3)
+    np.testing.assert_allclose(blocks.points_mm, whole.points_mm, atol=1e-3)
     eight = save_embedding(tmp_path / "b.sam", embedding, WEIGHTS, "s", fine_bits=8)
     assert eight.lowest_cosine > 0.9999
     assert eight.num_bytes > saved.num_bytes
@@ -125,7 +129,7 @@ def test_a_file_cut_short_changed_or_foreign_is_refused(tmp_path):
     path.write_bytes(b"\x10" + b"\0" * 7 + b"x" * 40)
     with pytest.raises(EmbeddingError, match="no embedding, or damaged"):
         StoredEmbedding(path)
-    path.write_bytes(good.replace(b"alice-embedding-1", b"alice-embedding-9"))
+    path.write_bytes(good.replace(b"alice-embedding-2", b"alice-embedding-9"))
     with pytest.raises(EmbeddingError, match="alice-embedding-9"):
         StoredEmbedding(path)
     changed = bytearray(good)

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import REPO, write_scan
 from ignite.engine import Events
 from monai.bundle import ConfigParser
@@ -19,11 +20,11 @@ from torch.utils.data import default_collate
 from custom.data.build import build_store
 from custom.data.pairs import pair_loader
 from custom.data.phantom import find_canonical, make_phantom, write_cohort
-from custom.landmarks.contrast import Memory, SAMLoss, hardest, info_nce
+from custom.landmarks.contrast import Memory, SAMLoss, both_at, cells_of, hardest, info_nce
 from custom.landmarks.geometry import to_world
 from custom.landmarks.look import CURVE_HU, Look, rotation_matrix, see
 from custom.landmarks.places import PhantomPlaces, phantom_places
-from custom.landmarks.sam import SAM, SAMMaps
+from custom.landmarks.sam import SAM, SAMMaps, unit_length
 from custom.landmarks.scan_grid import hu_to_units
 from custom.landmarks.training import SAMTrainer, newest_checkpoint, start_from
 from custom.landmarks.training_scans import training_names
@@ -574,3 +575,16 @@ def test_no_checkpoint_in_an_empty_folder(tmp_path):
     for step in (90, 100):
         (tmp_path / f"checkpoint_iteration={step}.pt").touch()
     assert newest_checkpoint(tmp_path).endswith("=100.pt")
+
+
+@pytest.mark.parametrize(
+    ("fine", "coarse"), [((20, 14, 11), (10, 2, 2)), ((7, 13, 9), (4, 2, 2)), ((3, 5, 4), (2, 1, 1))]
+)
+def test_chosen_cells_are_those_of_the_whole_interpolated_maps(
+    fine: tuple[int, int, int], coarse: tuple[int, int, int]
+) -> None:
+    maps = SAMMaps(3 * torch.randn(2, 5, *fine), unit_length(torch.randn(2, 5, *coarse)))
+    context = F.interpolate(maps.coarse, size=fine, mode="trilinear", align_corners=False)
+    whole = torch.cat([cells_of(unit_length(maps.fine)), cells_of(unit_length(context))], dim=2).flatten(0, 1)
+    cells = torch.randint(len(whole), (200,))
+    torch.testing.assert_close(both_at(maps, cells), whole[cells], atol=1e-5, rtol=0)

@@ -263,7 +263,9 @@ class PairDataset(Dataset):
 
 def window(volume: np.ndarray, low: float, high: float) -> np.ndarray:
     """HU, or stored values of another profile, to float32 in [0, 1], clipped."""
-    scaled = (volume.astype(np.float32) - low) / (high - low)
+    scaled: np.ndarray = volume.astype(np.float32)
+    scaled -= low
+    scaled /= high - low
     return np.clip(scaled, 0.0, 1.0, out=scaled)
 
 

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from custom.landmarks.consensus import PairMap, body_cells, fit_pair_map, match_near
+from custom.landmarks.consensus import PairMap, fit_pair_map, match_near
 from custom.landmarks.embedding_folder import EmbeddingFolder
 from custom.landmarks.geometry import to_voxels, to_world
 from custom.landmarks.matching import Matches, match_points
 from custom.landmarks.search import REFUSED, Method
+from custom.landmarks.stored_embedding import StoredEmbedding
 
 logger = logging.getLogger(__name__)
 
@@ -251,18 +252,22 @@ class SamAligner:
         self._open()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("pair_map", "cells")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("pair_map", "blocks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
 
     def align(self, scan_q: str, point_mm: np.ndarray, scan_k: str, rng: np.random.Generator) -> Match:
-        """As :meth:`Aligner.align`; score -1 for a match refused; nan for a point off the body."""
-        matches = self.match(scan_q, point_mm, scan_k)
+        """As :meth:`Aligner.align`; score -1 for a match refused; nan for a point off the body.
+
+        With consensus, a map is fitted about this one point: that costs less than one of the whole scans, and what a
+        pair of crops is does not depend on which pairs were drawn before.
+        """
+        matches = self._match_one(scan_q, point_mm, scan_k)
         point, score = matches.points_mm[0], float(matches.scores[0])
         if self.max_cycle_mm is not None and score >= self.threshold:
-            back = self.match(scan_k, point, scan_q).points_mm[0]
+            back = self._match_one(scan_k, point, scan_q).points_mm[0]
             near = np.linalg.norm(back - point_mm) <= self.max_cycle_mm  # False for nan
             score = score if near else REFUSED
         return Match(point, score)
@@ -272,8 +277,18 @@ class SamAligner:
         query, key = self.embeddings[scan_q], self.embeddings[scan_k]
         if not self.consensus:
             return match_points(points_mm, query, key, method=self.method, refine=True)
+        return self._match_by(self.pair_map(scan_q, scan_k), points_mm, query, key)
+
+    def _match_one(self, scan_q: str, point_mm: np.ndarray, scan_k: str) -> Matches:
+        if not self.consensus or not np.all(np.isfinite(point_mm)):
+            return self.match(scan_q, point_mm, scan_k)
+        pair = fit_pair_map(self.blocks(scan_q), self.blocks(scan_k), about_mm=point_mm)
+        return self._match_by(pair, point_mm, self.embeddings[scan_q], self.embeddings[scan_k])
+
+    def _match_by(
+        self, pair: PairMap, points_mm: np.ndarray, query: StoredEmbedding, key: StoredEmbedding
+    ) -> Matches:
         points = np.atleast_2d(np.asarray(points_mm, dtype=float))
-        pair = self.pair_map(scan_q, scan_k)
         matches = match_near(points, pair(points), query, key)
         if pair.support < self.min_support:
             return Matches(matches.points_mm, np.full(len(points), REFUSED))
@@ -281,10 +296,10 @@ class SamAligner:
 
     def _open(self) -> None:
         self.pair_map = functools.lru_cache(self.max_pairs)(self._fit)
-        self.cells = functools.lru_cache(16)(lambda name: body_cells(self.embeddings[name]))
+        self.blocks = functools.lru_cache(16)(lambda name: self.embeddings[name].blocks)
 
     def _fit(self, scan_q: str, scan_k: str) -> PairMap:
-        return fit_pair_map(self.cells(scan_q), self.cells(scan_k))
+        return fit_pair_map(self.blocks(scan_q), self.blocks(scan_k))
 
 
 class Calibration(NamedTuple):

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from custom.landmarks.lattice import flat_index, interpolate_at, lattice_weights
+from custom.landmarks.blocks import Blocks
+from custom.landmarks.lattice import flat_index
 from custom.landmarks.matching import Matches
 from custom.landmarks.scan_grid import cell_to_world, world_to_cell
 from custom.landmarks.search import REFUSED, similarities
@@ -26,26 +27,17 @@ from custom.landmarks.searchable import (
 
 Array = NDArray[Any]
 
-ANCHORS = 512  # cells of Q that are matched (ours; 256 lose a millimetre, 1,024 win a quarter of one)
-CYCLE_MM = 24.0  # a match that comes back so far off counts half (one and a half cells; ours)
+ANCHORS = (
+    512  # blocks of Q that are matched (ours; 256 make the map a millimetre worse, 1,024 a quarter better)
+)
+CYCLE_MM = 24.0  # a match that comes back so far off counts half (one and a half blocks; ours)
 AGREE_MM = 20.0  # a match this near to the affine map supports it (ours)
+ABOUT_MM = 90.0  # standard deviation of the anchors' distance from the one point that a map is for (ours)
 BEND_MM = 60.0  # over which the bending varies (ours)
 BEND_SIZE_MM, BEND_NOISE_MM = 20.0, 30.0  # how large it may be, and how far single matches scatter (ours)
 NEAR_MM = 8.0  # how far from the map a point may well lie (standard deviation; ours)
 REACH_MM = 36.0  # and how far it is looked for
 SHARPNESS = 0.03  # differences of similarity that count as much as one standard deviation of nearness (ours)
-
-
-class BodyCells(NamedTuple):
-    """A scan's cells of 16 mm that hold body.
-
-    Attributes:
-        vectors: (n, 2C) float32; the product of two is the mean of their fine and coarse similarity.
-        points_mm: (n, 3), the middle of what body they hold.
-    """
-
-    vectors: Array
-    points_mm: Array
 
 
 class PairMap(NamedTuple):
@@ -76,54 +68,36 @@ class PairMap(NamedTuple):
         return (points - self.middle_q) @ self.matrix.T + self.middle_k
 
 
-def body_cells(embedding: Searchable) -> BodyCells:
-    """The cells that :func:`fit_pair_map` matches: means of up to 4 x 4 x 4 fine cells."""
-    scan = prepare(embedding)
-    lattice = scan.pooled_lattice
-    flat = (
-        np.arange(int(np.prod(lattice.grid))) if lattice.outside is None else np.flatnonzero(~lattice.outside)
-    )
-    cells = np.stack(np.unravel_index(flat, lattice.grid), axis=-1)  # of 8 mm
-    blocks = cells // 2
-    size = np.array(lattice.grid) // 2 + 1
-    _, first, members = np.unique(
-        flat_index(blocks, (int(size[0]), int(size[1]), int(size[2]))), return_index=True, return_inverse=True
-    )
-    order = np.argsort(members, kind="stable")
-    starts = np.searchsorted(members[order], np.arange(len(first)))
-    fine = np.add.reduceat(scan.pooled_rows[order], starts, axis=0)
-    counts = np.bincount(members)[:, None]
-    middles = 2 * cells + 0.5  # in fine cells
-    middles = np.minimum(middles, np.array(scan.grid) - 1)
-    middles = np.add.reduceat(middles[order], starts, axis=0) / counts
-
-    weights = lattice_weights(scan.grid, scan.coarse.shape[:3], 4)
-    coarse = interpolate_at(scan.coarse, weights, tuple(blocks[first].T))
-    parts = [part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12) for part in (fine, coarse)]
-    vectors = np.concatenate(parts, axis=1) * np.float32(np.sqrt(0.5))
-    return BodyCells(vectors.astype(np.float32), cell_to_world(middles, scan.affine, "fine"))
-
-
-def fit_pair_map(cells_q: BodyCells, cells_k: BodyCells, *, anchors: int = ANCHORS) -> PairMap:
+def fit_pair_map(
+    blocks_q: Blocks, blocks_k: Blocks, *, about_mm: ArrayLike | None = None, anchors: int | None = None
+) -> PairMap:
     """The map that the matches of two scans agree on.
 
-    Evenly drawn cells of Q are matched to K and back. The affine map is fitted by re-weighted least squares (Cauchy's
-    weights, slightly held to the identity), what is left by Gaussian process regression with robust noise.
+    Blocks of Q are matched to K and back. The affine map is fitted by re-weighted least squares (Cauchy's weights,
+    slightly held to the identity), what is left by Gaussian process regression with robust noise.
 
     Args:
-        cells_q: of the scan that is asked.
-        cells_k: of the other.
-        anchors: cells of Q to match.
+        blocks_q: of the scan that is asked.
+        blocks_k: of the other.
+        about_mm: (3,), the one point of Q that the map is for: a quarter of the anchors, most of them around it, is as
+            good there. None draws them evenly, for all points.
+        anchors: blocks of Q to match; by default 512, or 128 about a point.
 
     Returns:
         The map; ask its ``support`` before trusting it.
     """
-    order = np.random.default_rng(0).permutation(len(cells_q.vectors))[:anchors]
-    points_q = cells_q.points_mm[order]
-    there = (cells_q.vectors[order] @ cells_k.vectors.T).argmax(axis=1)
-    back = (cells_k.vectors[there] @ cells_q.vectors.T).argmax(axis=1)
-    points_k = cells_k.points_mm[there]
-    cycle_mm = np.linalg.norm(cells_q.points_mm[back] - points_q, axis=1)
+    rng = np.random.default_rng(0)
+    if about_mm is None:
+        chosen = rng.permutation(len(blocks_q.vectors))[: anchors or ANCHORS]
+    else:
+        chosen = _anchors_about(
+            np.asarray(about_mm, dtype=float), blocks_q.points_mm, anchors or ANCHORS // 4, rng
+        )
+    points_q = blocks_q.points_mm[chosen]
+    there = (blocks_q.vectors[chosen] @ blocks_k.vectors.T).argmax(axis=1)
+    back = (blocks_k.vectors[there] @ blocks_q.vectors.T).argmax(axis=1)
+    points_k = blocks_k.points_mm[there]
+    cycle_mm = np.linalg.norm(blocks_q.points_mm[back] - points_q, axis=1)
     trust = 1 / (1 + (cycle_mm / CYCLE_MM) ** 2)
 
     matrix, middle_q, middle_k = robust_affine(points_q, points_k, trust)
@@ -131,6 +105,17 @@ def fit_pair_map(cells_q: BodyCells, cells_k: BodyCells, *, anchors: int = ANCHO
     support = float((np.linalg.norm(left, axis=1) < AGREE_MM).mean())
     pull = bend(points_q, left, trust)
     return PairMap(matrix, middle_q, middle_k, points_q, pull, support)
+
+
+def _anchors_about(point_mm: Array, places_mm: Array, count: int, rng: np.random.Generator) -> Array:
+    """Three quarters of them drawn by nearness to a point, without replacement; the others from everywhere."""
+    squared = ((places_mm - point_mm) ** 2).sum(axis=1)
+    # of exponential arrival times the first ones: rates fall off as a normal density does
+    arrival = np.log(rng.exponential(size=len(places_mm))) + squared / (2 * ABOUT_MM**2)
+    near = min(3 * count // 4, len(places_mm))
+    return np.union1d(
+        np.argpartition(arrival, near - 1)[:near], rng.permutation(len(places_mm))[: count - near]
+    )
 
 
 def robust_affine(points_q: Array, points_k: Array, trust: Array) -> tuple[Array, Array, Array]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from custom.landmarks.sam import SAMMaps, unit_length
 
+MEASURED = 32  # anchors of a view whose matching error is logged: it takes all cells of the other view
+
 
 def info_nce(positive: Tensor, negative: Tensor, temperature: float) -> Tensor:
     """-log of the share that the positive has of all: with n equal similarities log(1 + n).
@@ -137,33 +139,33 @@ class SAMLoss(nn.Module):
         """The terms of a batch.
 
         Args:
-            maps: of ``batch["crop"]`` flattened to (2B, 1, Z, Y, X), views of a pair side by side.
+            maps: of ``batch["crop"]`` flattened to (2B, 1, Z, Y, X), views of a pair side by side; the fine
+                one may be as the network makes it (``unit_fine=False``).
             batch: of ``ViewPairs``, on the maps' device.
 
         Returns:
             ``total``, ``fine``, ``coarse``, ``joint``, and without gradient ``error_mm``: how far from an anchor's
             place the best match in the other view lies, by fine plus coarse similarity.
         """
-        context = F.interpolate(maps.coarse, size=maps.fine.shape[2:], mode="trilinear", align_corners=False)
-        both = torch.cat([cells_of(maps.fine), cells_of(unit_length(context))], dim=2)  # (2B, N, 2C)
         coarse = cells_of(maps.coarse)
         parts: dict[str, list[Tensor]] = {"fine": [], "coarse": [], "joint": [], "error_mm": []}
         for pair in range(len(batch["space"])):
             cells = {k: v[pair] for k, v in batch.items() if k.startswith("fine") or k == "space"}
-            for name, values in self._fine(both[2 * pair : 2 * pair + 2].flatten(0, 1), cells).items():
+            views = SAMMaps(*(level[2 * pair : 2 * pair + 2] for level in maps))
+            for name, values in self._fine(views, cells).items():
                 parts[name].append(values)
             parts["coarse"].append(self._coarse(coarse, batch, pair))
-        self._remember(both, coarse, batch)
-        terms = {name: _mean(values, both) for name, values in parts.items()}
+        self._remember(maps, coarse, batch)
+        terms = {name: _mean(values, maps) for name, values in parts.items()}
         total = terms["fine"] + terms["coarse"] + self.joint_weight * terms["joint"]
         return {"total": total, **terms}
 
-    def _fine(self, both: Tensor, cells: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _fine(self, views: SAMMaps, cells: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of a pair's anchors in both directions: the fine and joint losses, and matching errors."""
-        places, inside = cells["fine_mm"].flatten(0, 1), cells["fine_inside"].flatten()
-        count, dim, past = len(places) // 2, both.shape[1] // 2, self.past_fine
+        places = cells["fine_mm"].flatten(0, 1)
+        count, dim, past = len(places) // 2, views.fine.shape[1], self.past_fine
         drawn = cells["fine_candidates"]
-        keys = torch.cat([both[drawn], past.vectors])  # (M, 2C)
+        keys = torch.cat([both_at(views, drawn), past.vectors])  # (M, 2C)
         key_mm = torch.cat([places[drawn], past.places_mm])
         key_spaces = torch.cat([cells["space"].expand(len(drawn)), past.spaces])
         found: dict[str, list[Tensor]] = {"fine": [], "joint": [], "error_mm": []}
@@ -173,22 +175,35 @@ class SAMLoss(nn.Module):
             if not len(match):
                 continue
             here, there = match[:, 0] + view * count, match[:, 1] + (1 - view) * count
-            anchor, counterpart = both[here], both[there]  # (A, 2C)
+            anchor, counterpart = both_at(views, here), both_at(views, there)  # (A, 2C)
             fine = anchor[:, :dim] @ keys[:, :dim].T  # (A, M)
             joint = (fine + anchor[:, dim:] @ keys[:, dim:].T) / 2
             with torch.no_grad():
                 near = _distance(places[here], key_mm) < self.exclusion_mm
                 excluded = (key_spaces < 0) | (near & (key_spaces == cells["space"]))
                 columns, real = hardest(joint, excluded, self.ranked, self.negatives)
-                other = slice((1 - view) * count, (2 - view) * count)
-                score = (anchor @ both[other].T).masked_fill(~inside[other], -torch.inf)
-                found["error_mm"].append((places[other][score.argmax(dim=1)] - places[here]).norm(dim=1))
+                found["error_mm"].append(
+                    self._errors(views, cells, 1 - view, anchor[:MEASURED], places[here[:MEASURED]])
+                )
             positive = (anchor * counterpart)[:, :dim].sum(1)
             positive_joint = (anchor * counterpart).sum(1) / 2
             for name, similar, negative in (("fine", positive, fine), ("joint", positive_joint, joint)):
                 negative = negative.gather(1, columns).masked_fill(~real, -torch.inf)
                 found[name].append(info_nce(similar, negative, self.temperature))
-        return {name: torch.cat([both.new_zeros(0), *values]) for name, values in found.items()}
+        return {name: torch.cat([keys.new_zeros(0), *values]) for name, values in found.items()}
+
+    def _errors(
+        self, views: SAMMaps, cells: dict[str, Tensor], other: int, anchor: Tensor, place_mm: Tensor
+    ) -> Tensor:
+        """How far the best matches of anchors in the other view lie from them, mm."""
+        dim, sizes = views.fine.shape[1], views.fine.shape[2:]
+        fine = anchor[:, :dim] @ unit_length(cells_of(views.fine)[other]).T
+        coarse = anchor[:, dim:] @ cells_of(views.coarse)[other].T
+        similar = F.interpolate(
+            coarse.reshape(1, -1, *views.coarse.shape[2:]), size=sizes, mode="trilinear", align_corners=False
+        )
+        score = (fine + similar[0].flatten(1)).masked_fill(~cells["fine_inside"][other], -torch.inf)
+        return (cells["fine_mm"][other][score.argmax(dim=1)] - place_mm).norm(dim=1)
 
     def _coarse(self, coarse: Tensor, batch: dict[str, Any], pair: int) -> Tensor:
         """Losses of a pair's coarse anchors; every cell of the batch and the memory is a possible negative."""
@@ -214,7 +229,7 @@ class SAMLoss(nn.Module):
         return torch.cat([flat.new_zeros(0), *losses])
 
     @torch.no_grad()
-    def _remember(self, both: Tensor, coarse: Tensor, batch: dict[str, Any]) -> None:
+    def _remember(self, maps: SAMMaps, coarse: Tensor, batch: dict[str, Any]) -> None:
         """Keep all coarse cells of the batch, and of the candidates of each pair the first."""
         inside = batch["coarse_inside"].flatten()
         spaces = batch["space"].repeat_interleave(2 * coarse.shape[1])
@@ -223,8 +238,9 @@ class SAMLoss(nn.Module):
         )
         for pair, space in enumerate(batch["space"]):
             drawn = batch["fine_candidates"][pair, : self.remembered]
-            cells, places = both[2 * pair : 2 * pair + 2].flatten(0, 1), batch["fine_mm"][pair].flatten(0, 1)
-            self.past_fine.put(cells[drawn], places[drawn], space.expand(len(drawn)))
+            views = SAMMaps(*(level[2 * pair : 2 * pair + 2] for level in maps))
+            places = batch["fine_mm"][pair].flatten(0, 1)
+            self.past_fine.put(both_at(views, drawn), places[drawn], space.expand(len(drawn)))
 
 
 def _distance(points: Tensor, others: Tensor) -> Tensor:
@@ -237,7 +253,36 @@ def cells_of(maps: Tensor) -> Tensor:
     return maps.flatten(2).transpose(1, 2)
 
 
-def _mean(parts: list[Tensor], like: Tensor) -> Tensor:
-    """The mean over all anchors; 0, with a gradient of 0, where no cell had a counterpart."""
+def both_at(views: SAMMaps, cells: Tensor) -> Tensor:
+    """Fine and interpolated coarse vectors, each of length 1, of some cells only; the loss needs few of them.
+
+    Args:
+        views: maps (2, C, z, y, x) of a pair; the fine one need not have length 1.
+        cells: (n,) of both views, the second's counted on from the first's.
+
+    Returns:
+        (n, 2C).
+    """
+    sizes = views.fine.shape[2:]
+    count = sizes[0] * sizes[1] * sizes[2]
+    view, cell = cells // count, cells % count
+    fine = unit_length(cells_of(views.fine)[view, cell])
+    # the corners of trilinear interpolation between the middles of coarse cells, as F.interpolate has them
+    middles = (cell // (sizes[1] * sizes[2]), cell // sizes[2] % sizes[1], cell % sizes[2])
+    coarse = cells_of(views.coarse)
+    index, weight = cells.new_zeros(len(cells), 1), fine.new_ones(len(cells), 1)
+    for middle, size, number in zip(middles, sizes, views.coarse.shape[2:], strict=True):
+        at = ((middle + 0.5) * (number / size) - 0.5).clamp(0, number - 1)
+        low = at.floor().long()
+        corners = torch.stack([low, (low + 1).clamp(max=number - 1)], dim=1)
+        share = torch.stack([1 - (at - low), at - low], dim=1).to(weight.dtype)
+        index = (index[:, :, None] * number + corners[:, None]).flatten(1)
+        weight = (weight[:, :, None] * share[:, None]).flatten(1)
+    context = (coarse[view[:, None], index] * weight[..., None]).sum(dim=1)
+    return torch.cat([fine, unit_length(context)], dim=1)
+
+
+def _mean(parts: list[Tensor], maps: SAMMaps) -> Tensor:
+    """The mean over all anchors; 0, with a gradient of 0 to both maps, where no cell had a counterpart."""
     values = torch.cat(parts)
-    return values.mean() if len(values) else like.sum() * 0.0
+    return values.mean() if len(values) else (maps.fine.float().sum() + maps.coarse.sum()) * 0.0

@@ -14,17 +14,21 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from custom.landmarks.blocks import block_points, block_vectors
 from custom.landmarks.lattice import coarse_norm, lattice_weights, pool
 from custom.landmarks.packing import FINE_BITS, levels_of, pack, quantise, row_lengths
 from custom.landmarks.scan_grid import ScanEmbedding, Triple
 
-FORMAT = "alice-embedding-1"
+FORMAT = "alice-embedding-2"
 _SECTIONS = {
     "pooled": "I8",
     "pooled_length": "F32",
     "pooled_norm": "F16",
     "coarse": "F16",
     "coarse_norm": "F16",
+    "blocks": "I8",
+    "blocks_step": "F32",
+    "blocks_mm": "F32",
     "body": "U8",
     "fine": "U8",
 }
@@ -86,7 +90,7 @@ def save_embedding(
     A safetensors file, used in place through a memory map, so that a search reads the cells it looks at and no
     others: fine vectors in steps of their own largest number (their length is known to be 1, so no scale is
     stored), packed to ``fine_bits`` a number; means of 2 x 2 x 2 fine cells as int8; coarse vectors and the lengths
-    of interpolated ones in fp16.
+    of interpolated ones in fp16; blocks of 16 mm in steps that all of them share.
 
     Args:
         path: to write.
@@ -119,12 +123,17 @@ def save_embedding(
     pooled, used = pool(rows, body)
     pooled_rows = quantise(pooled[used], 127)
     known = coarse.astype(np.float32)  # norms of what is stored, not of what was given
+    blocks = block_vectors(pooled[used], used, known, grid)
+    step = np.abs(blocks).max(keepdims=True)[0] / np.float32(127)
     sections: dict[str, NDArray[Any]] = {
         "pooled": pooled_rows,
         "pooled_length": row_lengths(pooled_rows),
         "pooled_norm": coarse_norm(known, lattice_weights(grid, coarse.shape[:3], 2)).astype(np.float16),
         "coarse": np.ascontiguousarray(coarse),
         "coarse_norm": coarse_norm(known, lattice_weights(grid, coarse.shape[:3], 1)).astype(np.float16),
+        "blocks": np.rint(blocks / step).astype(np.int8),
+        "blocks_step": step,
+        "blocks_mm": block_points(used, grid, np.asarray(embedding.affine, float)).astype(np.float32),
         "body": np.packbits(body),
     }
     steps = quantise(rows[body], levels_of(fine_bits))

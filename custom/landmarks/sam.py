@@ -116,12 +116,14 @@ class SAM(nn.Module):
     def _layer(in_dim: int, dim: int, kernel: Triple, stride: Triple) -> nn.Sequential:
         return nn.Sequential(BasicBlock(in_dim, dim, kernel, stride), BasicBlock(dim, dim, kernel, (1, 1, 1)))
 
-    def forward(self, x: Tensor) -> SAMMaps:
+    def forward(self, x: Tensor, *, unit_fine: bool = True) -> SAMMaps:
         """Embed a volume.
 
         Args:
             x: (B, 1, Z, Y, X), 2 mm isotropic, indices growing towards Superior, Posterior and Left, in the
                 network's units (:func:`hu_to_units`). Any size with Z >= 2.
+            unit_fine: False leaves the fine map as the network makes it, for a loss that compares few of its
+                cells and normalises those: a fifth of a training step less.
 
         Returns:
             ``fine`` of floor(Z / 2), ceil(Y / 2), ceil(X / 2) cells, ``coarse`` of half as many along z and
@@ -133,9 +135,8 @@ class SAM(nn.Module):
         _check_volume(x)
         out0 = self.shallow(x)
         out1, out2, out3 = self.deep(out0)
-        return SAMMaps(
-            unit_length(self.fine_head((out0, out1, out2))), unit_length(self.coarse_head((out3,)))
-        )
+        fine = self.fine_head((out0, out1, out2))
+        return SAMMaps(unit_length(fine) if unit_fine else fine, unit_length(self.coarse_head((out3,))))
 
     def shallow(self, x: Tensor) -> Tensor:
         """Stem, first layer and the pooling of slices in pairs: a map (B, width, Z / 2, Y / 2, X / 2)."""

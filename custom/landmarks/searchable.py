@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from custom.landmarks.blocks import Blocks, block_points, block_vectors
 from custom.landmarks.lattice import (
     Lattice,
     axis_weights,
@@ -39,7 +41,7 @@ class EmbeddingMap(Protocol):
     @property
     def pooled_lattice(self) -> Lattice: ...
     @property
-    def pooled_rows(self) -> Array: ...  # (cells of the pooled lattice in the body, C) float32, of length 1
+    def blocks(self) -> Blocks: ...
     def fine_vectors(self, cells_zyx: Array) -> Array: ...
     def decode(self) -> ScanEmbedding: ...
 
@@ -61,9 +63,16 @@ class DenseMap:
         rows = np.ascontiguousarray(fine.permute(1, 2, 3, 0).numpy()).reshape(-1, fine.shape[0])
         self._rows = rows
         pooled, _ = pool(rows.reshape(*self.grid, -1), None)
-        self.pooled_rows: Array = pooled.reshape(-1, pooled.shape[-1])
+        self._pooled_rows = pooled.reshape(-1, pooled.shape[-1])
         self.fine_lattice = make_lattice(self.coarse, self.grid, 1, None, dot_of(rows))
-        self.pooled_lattice = make_lattice(self.coarse, self.grid, 2, None, dot_of(self.pooled_rows))
+        self.pooled_lattice = make_lattice(self.coarse, self.grid, 2, None, dot_of(self._pooled_rows))
+
+    @functools.cached_property
+    def blocks(self) -> Blocks:
+        """See :class:`Blocks`."""
+        used = np.ones(self.pooled_lattice.grid, bool)
+        vectors = block_vectors(self._pooled_rows, used, self.coarse, self.grid)
+        return Blocks(vectors, block_points(used, self.grid, self.affine))
 
     def fine_vectors(self, cells_zyx: Array) -> Array:
         """(N, C) of cells (N, 3)."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from custom.landmarks.blocks import Blocks
 from custom.landmarks.embedding_file import EmbeddingError, digest_of, read_header
 from custom.landmarks.lattice import Lattice, flat_index, make_lattice
 from custom.landmarks.packing import row_lengths, unpack
@@ -78,10 +79,11 @@ class StoredEmbedding:
         return make_lattice(self.coarse, self.grid, 2, ~used, dot, norm)
 
     @property
-    def pooled_rows(self) -> NDArray[np.float32]:
-        """(cells of 8 mm that hold body, C), of length 1."""
-        rows: NDArray[np.float32] = self._section("pooled") / self._section("pooled_length")[:, None]
-        return rows
+    def blocks(self) -> Blocks:
+        """See :class:`Blocks`; read anew each time."""
+        vectors = self._section("blocks").astype(np.float32)
+        vectors *= self._section("blocks_step")
+        return Blocks(vectors, self._section("blocks_mm").astype(float))
 
     def fine_vectors(self, cells_zyx: NDArray[np.int_]) -> NDArray[np.float32]:
         """(N, C), of length 1, of cells (N, 3) in the body."""

@@ -113,7 +113,7 @@ class SAMTrainer(Trainer):
 
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            maps = self.network(crop)
+            maps = self.network(crop, unit_fine=False)  # the loss normalises the cells it compares
         terms = self.loss(maps, batch)
         terms["total"].backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip or math.inf)
