@@ -634,6 +634,26 @@ def test_missing_scans_and_weights_end_in_one_line(cohort, tmp_path):
         bundle_run("inference", dataset_dir=str(cohort), checkpoint="gone.pt")
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("kept", [0, 5, 0.5, -1])
+def test_damaged_weights_are_named_before_anything_is_written(cohort, tmp_path, suffix, kept):
+    path = tmp_path / f"weights{suffix}"
+    state = {"layer.weight": torch.rand(30, 30), "layer.bias": torch.rand(30)}
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    whole = path.read_bytes()
+    with pytest.raises(SystemExit, match="does not fit the encoder"):  # whole, but of another network
+        bundle_run("train", dataset_dir=str(cohort), output_dir=str(tmp_path / "run"), pretrained=str(path))
+    path.write_bytes(whole[: int(len(whole) * kept) if isinstance(kept, float) else kept])
+    with pytest.raises(SystemExit, match=rf"pretrained: .*weights{suffix} is damaged or cut short"):
+        bundle_run("train", dataset_dir=str(cohort), output_dir=str(tmp_path / "run"), pretrained=str(path))
+    if suffix == ".pt":
+        with pytest.raises(SystemExit, match=r"checkpoint: .*weights.pt is damaged or cut short"):
+            bundle_run(
+                "inference", dataset_dir=str(cohort), output_dir=str(tmp_path / "run"), checkpoint=str(path)
+            )
+    assert not (tmp_path / "run").exists()
+
+
 def test_flips_and_ensembles_average_probabilities(trained):
     weights = str(trained / "model_finetuned.pt")
     volume = torch.rand(1, 1, 40, 32, 16)
