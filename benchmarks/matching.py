@@ -232,7 +232,7 @@ def compression(
 ) -> None:
     """What storing costs, against float32, refined answers."""
     body = stored_k.body.mean()
-    cube = 75**3 * 80 * body + 38**3 * 132 * body + 2.1e6
+    cube = (75**3 * 80 + 38**3 * 132 + 19**3 * 268) * body + 2.1e6
     exact = match_points(points, query, key, refine=True)
     pickled = (folder / "k.pkl").stat().st_size
     print(

@@ -553,7 +553,7 @@ def test_the_yaml_runs_saves_and_goes_on(two_mm, tmp_path):
 
 def test_every_override_names_a_key_of_train_yaml():
     complete = ConfigParser.load_config_file(CONFIGS / "train.yaml")
-    for name in ("smoke.yaml", "compact.yaml", "multi_gpu.yaml"):
+    for name in ("smoke.yaml", "compact.yaml", "whole_body.yaml", "multi_gpu.yaml"):
         check_keys(complete, ConfigParser.load_config_file(CONFIGS / name), name)
 
 
