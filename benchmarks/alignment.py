@@ -157,7 +157,7 @@ def wrong_side(
             )
             for v in (own, other)
         )
-        found.append((other_mm < own_mm).astype(float))
+        found.append(np.where(np.isfinite(asked.points_mm).all(axis=1), other_mm < own_mm, np.nan))
     return Figures(found)
 
 

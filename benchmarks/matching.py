@@ -256,14 +256,15 @@ def drawing(folder: Path, store: Any, options: argparse.Namespace) -> None:
     nearest = SamAligner(store, folder / "embeddings", 0.0, consensus=False)
     agreed = SamAligner(store, folder / "embeddings", 0.0)
     rng, voxels = np.random.default_rng(0), store.body_voxels("q")
+    answered: list[bool] = []
 
     def ours(aligner: SamAligner, new_scans: bool = False) -> None:
-        if new_scans:  # nothing is known of either
+        if new_scans:  # nothing is known of either, their files are opened anew
             agreed.blocks.cache_clear()
+            agreed.embeddings._open.cache_clear()
         point = to_world(store.affine("q"), voxels[rng.integers(len(voxels))])
         match = aligner.align("q", point, "k", rng)
-        if match.score == REFUSED and aligner is nearest:
-            raise AssertionError("a point of the body was refused")
+        answered.append(match.score > REFUSED)
         for name, place in (("q", point), ("k", match.point_mm)):
             start = np.rint(to_voxels(store.affine(name), place)).astype(int) - CROP // 2
             window(store.read_crop(name, start, CROP), -175.0, 250.0)
@@ -296,8 +297,11 @@ def drawing(folder: Path, store: Any, options: argparse.Namespace) -> None:
     print(f"| decode both .nii.gz, unpickle both embeddings, official arithmetic | {theirs_s * 1e3:.0f} | |")
     for title, way in ways.items():
         way()
+        answered.clear()
         ours_s = seconds(way, options.draws)
-        print(f"| store and embedding files, {title} | {ours_s * 1e3:.1f} | {theirs_s / ours_s:.0f}x |")
+        print(
+            f"| store and embedding files, {title}; {np.mean(answered):.0%} matched | {ours_s * 1e3:.1f} | {theirs_s / ours_s:.0f}x |"
+        )
 
 
 def _error(found: Matches, points: np.ndarray) -> str:

@@ -313,13 +313,15 @@ def check_alignment(
     store: str,
     out: str,
     embeddings: str | None = None,
-    aligners: Sequence[str] = ("coordinate", "random"),
+    aligners: Sequence[str] = ("affine", "coordinate", "random"),
     pairs: int = 20,
     points: int = 20,
     seed: int = 0,
     phantoms: str | None = None,
     landmarks: str | None = None,
     names: Sequence[str] | None = None,
+    warps: int = 0,
+    weights: str = "bundles/sam_landmarks/models/model.safetensors",
 ) -> None:
     """Measure aligners on a store: label transfer, centroids, cycle error, and what truth there is; with a gallery.
 
@@ -327,25 +329,38 @@ def check_alignment(
         store: of alice build.
         out: folder for table.csv, index.html and pictures.
         embeddings: of alice embed; adds the aligners sam and sam_nearest.
-        aligners: among coordinate, affine, random.
+        aligners: among affine (a registration of each pair, seconds), coordinate, random.
         pairs, points: scan pairs, and points in each.
         seed: of all draws.
         phantoms: the cohort the store was built from, for its exact correspondence.
         landmarks: CSV of scan,landmark,x,y,z in mm.
         names: scans to draw from.
+        warps: so many of the scans are deformed by a known smooth map too, and each aligner has to find the way back:
+            a truth that needs no label.
+        weights: of SAM, to embed the deformed scans; those of ``embeddings``.
     """
     from custom.data.store import VolumeStore
     from custom.landmarks import quality
-    from custom.landmarks.aligners import make_aligner
+    from custom.landmarks.aligners import Aligner, make_aligner
     from custom.landmarks.alignment_page import table_cells
     from custom.landmarks.truth import phantom_truth
 
     volumes = VolumeStore(store)
-    chosen = {
-        name: make_aligner(name, volumes) for name in ([aligners] if isinstance(aligners, str) else aligners)
-    }
-    if embeddings:
-        chosen = {n: make_aligner(n, volumes, embeddings) for n in ("sam", "sam_nearest")} | chosen
+    asked = dict.fromkeys([*(("sam", "sam_nearest") if embeddings else ()), *_words(aligners)])
+    names = _words(names) if names is not None else None
+
+    def made(scans: VolumeStore, embedded: str | Path | None) -> dict[str, Aligner]:
+        return {
+            name: make_aligner(name, scans, embedded if name.startswith("sam") else None) for name in asked
+        }
+
+    chosen = made(volumes, embeddings)
+    more = []
+    if warps:
+        deformed = (volumes.names if names is None else names)[:warps]
+        more = quality.warp_rows(
+            volumes, deformed, made, out, weights if embeddings else None, num_points=5 * points, seed=seed
+        )
     truth = phantom_truth(volumes, Path(phantoms)) if phantoms else None
     rows = quality.check_alignment(
         volumes,
@@ -357,11 +372,17 @@ def check_alignment(
         names=names,
         truth=truth,
         landmark_csv=landmarks,
+        more=more,
     )
     headers, cells = table_cells(rows)
     for line in (headers, *cells):
         print(" | ".join(str(cell) for cell in line))
     print(f"{Path(out) / 'index.html'}")
+
+
+def _words(value: str | Sequence[str]) -> list[str]:
+    """Of a list, or of text with commas: fire makes a list only of words without hyphens."""
+    return [word.strip() for word in value.split(",")] if isinstance(value, str) else list(value)
 
 
 def export(

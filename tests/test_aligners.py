@@ -94,6 +94,9 @@ def test_the_threshold_comes_from_the_argument_the_embeddings_or_the_paper(store
     embeddings.threshold = 0.6
     try:
         assert SamAligner(store, embeddings).threshold == 0.6
+        assert (
+            SamAligner(store, embeddings, consensus=False).threshold == 0.7
+        )  # 0.6 was not calibrated for it
     finally:
         embeddings.threshold = None
     with pytest.raises(ValueError, match="above -1"):
@@ -139,7 +142,7 @@ def test_a_threshold_is_calibrated_where_matches_come_back(store, embeddings):
         SamAligner(store, embeddings), store, store.names, num_pairs=2, num_points=5, share=1.01
     )
     assert impossible.threshold is None
-    with pytest.raises(ValueError, match="two scans"):
+    with pytest.raises(ValueError, match="two patients' scans"):
         calibrate_threshold(SamAligner(store, embeddings), store, ["case0"])
 
 

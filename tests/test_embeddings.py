@@ -12,6 +12,7 @@ from test_aligners import CentredWaves
 from test_matching import points_inside, structured
 
 from custom.data.store import VolumeStore
+from custom.landmarks.consensus import match_near
 from custom.landmarks.embedding_file import EmbeddingError, save_embedding
 from custom.landmarks.embedding_folder import EmbeddingFolder, embedding_path
 from custom.landmarks.embeddings import body_cells, embed_folder, embed_store
@@ -20,6 +21,7 @@ from custom.landmarks.packing import levels_of, pack, quantise, unpack
 from custom.landmarks.sam import embed_scan
 from custom.landmarks.searchable import prepare
 from custom.landmarks.stored_embedding import StoredEmbedding
+from custom.landmarks.structural import structural_match
 
 WEIGHTS = "a" * 64
 
@@ -161,6 +163,61 @@ def test_a_store_is_embedded_once_and_resumed(model, store, embedded, tmp_path):
     again = embed_store(model, WEIGHTS, store, folder, names=both, progress=False)
     assert [s.path.read_bytes() for s in again] == [(tmp_path / "away").read_bytes()]
     EmbeddingFolder(folder).require(store, both)
+    assert again[0].path.stat().st_mode & 0o777 == 0o644  # colleagues may read it
+
+
+def test_a_threshold_calibrated_for_a_folder_outlives_embedding_more_scans(model, store, tmp_path):
+    embed_store(model, WEIGHTS, store, tmp_path, names=store.names[:1], threshold=0.9, progress=False)
+    EmbeddingFolder(tmp_path).keep_threshold(0.8)
+    embed_store(model, WEIGHTS, store, tmp_path, names=store.names[:2], threshold=0.9, progress=False)
+    assert EmbeddingFolder(tmp_path).threshold == 0.8
+    embed_store(
+        model, "b" * 64, store, tmp_path, names=store.names[:1], threshold=0.7, overwrite=True, progress=False
+    )
+    assert EmbeddingFolder(tmp_path).threshold == 0.7  # of the other weights
+
+
+def test_a_changed_byte_is_noticed_when_a_folder_is_used(model, store, tmp_path):
+    name = store.names[0]
+    (saved,) = embed_store(model, WEIGHTS, store, tmp_path, names=[name], progress=False)
+    changed = bytearray(saved.path.read_bytes())
+    changed[-7] ^= 1
+    saved.path.write_bytes(bytes(changed))
+    with pytest.raises(EmbeddingError, match="differs from what was written"):
+        EmbeddingFolder(tmp_path)[name]
+
+
+def test_embeddings_of_an_older_format_are_replaced_by_the_command_that_the_message_names(
+    model, store, tmp_path
+):
+    name = store.names[0]
+    (saved,) = embed_store(model, WEIGHTS, store, tmp_path, names=[name], progress=False)
+    for path in (saved.path, tmp_path / "embeddings.json"):
+        path.write_bytes(path.read_bytes().replace(b"alice-embedding-2", b"alice-embedding-1"))
+    for use in (
+        lambda: EmbeddingFolder(tmp_path),
+        lambda: StoredEmbedding(saved.path),
+        lambda: embed_store(model, WEIGHTS, store, tmp_path, names=[name], progress=False),
+    ):
+        with pytest.raises(EmbeddingError, match=r"alice embed STORE .* --overwrite"):
+            use()
+    embed_store(model, WEIGHTS, store, tmp_path, names=[name], overwrite=True, progress=False)
+    assert EmbeddingFolder(tmp_path)[name].header.name == name
+
+
+def test_embeddings_of_different_weights_are_not_compared(tmp_path):
+    files = [
+        StoredEmbedding(save_embedding(tmp_path / f"{w}.sam", structured(), w * 64, "s").path) for w in "ab"
+    ]
+    point = points_inside(1)
+    for match in (
+        lambda q, k: match_points(point, q, k),
+        lambda q, k: match_near(point, point, q, k),
+        lambda q, k: structural_match(point, q, k),
+    ):
+        match(files[0], structured())  # unknown weights may fit
+        with pytest.raises(ValueError, match="different weights .aaaaaaaaaaaa, bbbbbbbbbbbb. do not compare"):
+            match(*files)
 
 
 def test_other_weights_and_changed_scans_are_refused(model, store, tmp_path):

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from custom import cli
 from custom.data.build import build_store
 from custom.data.phantom import write_cohort
 from custom.data.store import VolumeStore
@@ -200,6 +201,25 @@ def test_check_alignment_writes_table_page_and_pictures(store, tmp_path):
     assert "Leber &lt;b&gt;" in html
     assert "(refused)" in html
     assert len((tmp_path / "out é" / "table.csv").read_text(encoding="utf-8").splitlines()) == len(rows) + 1
+
+
+def test_the_command_takes_lists_as_text_and_deforms_scans(store, tmp_path, capsys):
+    cli.check_alignment(
+        str(store.path),
+        str(tmp_path),
+        aligners="coordinate,random",
+        names="case0,case1",
+        pairs=1,
+        points=2,
+        warps=1,
+    )
+    said = capsys.readouterr().out
+    assert said.startswith("measure | coordinate | random")
+    table = (tmp_path / "table.csv").read_text(encoding="utf-8")
+    assert (
+        'coordinate,"known warp, error, mm",mean' in table and 'random,"known warp, error, mm",P90' in table
+    )
+    assert VolumeStore(tmp_path / "warped").names == ["case0", "case0~warped"]
 
 
 def test_pairs_are_of_different_patients(store):

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -544,11 +546,49 @@ def test_the_yaml_runs_saves_and_goes_on(two_mm, tmp_path):
         "embedding_dim": 8,
     }
     assert read_sam_metadata(tmp_path / "run" / "model.safetensors")["steps"] == 3
-    assert "iteration=2" in newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert "iteration=3" in newest_checkpoint(tmp_path / "run" / "checkpoints")
     done = bundle_run(tmp_path, "train.yaml", "smoke.yaml", iterations=5, **tiny)
     assert done.returncode == 0, done.stderr[-3000:]
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5]
+
+
+def test_a_run_asked_to_leave_keeps_its_step_and_no_finished_weights_and_refuses_other_settings(
+    two_mm, tmp_path
+):
+    tiny = {
+        "width": 4, "embedding_dim": 8, "crop_size": "[32,32,12]", "candidates": 300, "ranked": 100, "negatives": 20, "fine_memory": 99,
+        "checkpoint_every": 10_000, "store_dir": two_mm.path, "output_dir": tmp_path / "run", "dataset_dir": tmp_path / "gone",
+    }  # fmt: skip
+    words = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str([str(CONFIGS / f) for f in ("train.yaml", "smoke.yaml")])]  # fmt: skip
+    words += [f"--{k}={v}" for k, v in (tiny | {"iterations": 100_000, "log_every": 1}).items()]
+    running = subprocess.Popen(
+        words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    log, checkpoints = tmp_path / "run" / "log.jsonl", tmp_path / "run" / "checkpoints"
+    deadline = time.monotonic() + 200
+    while not (log.is_file() and log.read_text().count("\n") > 1):
+        assert running.poll() is None and time.monotonic() < deadline, running.communicate()[0][-3000:]
+        time.sleep(0.2)
+    running.send_signal(signal.SIGTERM)
+    said = running.communicate(timeout=200)[0]
+    assert running.returncode == 0, said[-3000:]
+    left_at = max(json.loads(line)["step"] for line in log.read_text().splitlines())
+    assert f"Left at step {left_at} of 100000; the same command goes on." in said
+    assert newest_checkpoint(checkpoints).endswith(f"iteration={left_at}.pt")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+    other = bundle_run(tmp_path, "train.yaml", "smoke.yaml", iterations=left_at + 1, **tiny, temperature=0.2)
+    assert other.returncode != 0
+    assert "output_dir holds a run with other settings: temperature was 0.1, now 0.2." in other.stderr
+    done = bundle_run(tmp_path, "train.yaml", "smoke.yaml", iterations=left_at + 1, **tiny)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert read_sam_metadata(tmp_path / "run" / "model.safetensors")["steps"] == left_at + 1
+
+
+def test_statistics_that_an_untrained_network_has_not_are_not_kept():
+    with pytest.raises(ValueError, match="give init_weights"):
+        start_from(SAM(3, 5), None, needed=True)
 
 
 def test_every_override_names_a_key_of_train_yaml():

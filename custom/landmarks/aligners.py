@@ -214,7 +214,8 @@ class SamAligner:
     Args:
         scans: whose embeddings these are.
         embeddings: folder that ``alice embed`` wrote.
-        threshold: score that a match needs; by default what was calibrated for the weights, else 0.7 (Alice).
+        threshold: score that a match needs; by default what was calibrated for the weights, with consensus; else 0.7
+            (Alice).
         max_cycle_mm: refuse matches that come back farther from where they started; None asks no match back.
         method: of single matches, without consensus; see :func:`custom.landmarks.matching.match_points`.
         consensus: see :mod:`custom.landmarks.consensus`.
@@ -242,7 +243,7 @@ class SamAligner:
             embeddings if isinstance(embeddings, EmbeddingFolder) else EmbeddingFolder(embeddings)
         )
         self.embeddings.require(scans)
-        known = self.embeddings.threshold
+        known = self.embeddings.threshold if consensus else None  # it was calibrated so
         self.threshold = float(threshold if threshold is not None else 0.7 if known is None else known)
         if not REFUSED < self.threshold <= 1:
             raise ValueError(f"threshold must be above {REFUSED:g} and at most 1, got {self.threshold}.")
@@ -271,6 +272,11 @@ class SamAligner:
             near = np.linalg.norm(back - point_mm) <= self.max_cycle_mm  # False for nan
             score = score if near else REFUSED
         return Match(point, score)
+
+    def align_all(self, scan_q: str, points_mm: np.ndarray, scan_k: str) -> Matches:
+        """As :meth:`align` for each of (N, 3) points, without the way back."""
+        each = [self._match_one(scan_q, point, scan_k) for point in points_mm]
+        return Matches(*(np.concatenate(part) for part in zip(*each, strict=True)))
 
     def match(self, scan_q: str, points_mm: np.ndarray, scan_k: str) -> Matches:
         """Many points (N, 3) at once; every match is given with its score, however low."""
@@ -342,18 +348,19 @@ def calibrate_threshold(
         The threshold, to be stored with the weights, and the table.
 
     Raises:
-        ValueError: if fewer than two scans are given.
+        ValueError: if they are of fewer than two patients.
     """
-    if len(names) < 2:
-        raise ValueError(f"A threshold is calibrated on pairs: two scans at least, got {list(names)}.")
+    pairs = [(q, k) for q in names for k in names if scans.patient(q) != scans.patient(k)]
+    if not pairs:
+        raise ValueError(f"A threshold is calibrated on pairs of two patients' scans; got {list(names)}.")
     rng = np.random.default_rng(seed)
     scores, errors = [], []
     for _ in range(num_pairs):
-        name_q, name_k = (names[i] for i in rng.choice(len(names), 2, replace=False))
+        name_q, name_k = pairs[rng.integers(len(pairs))]
         voxels = scans.body_voxels(name_q)
         points = to_world(scans.affine(name_q), voxels[rng.integers(len(voxels), size=num_points)])
-        there = aligner.match(name_q, points, name_k)
-        back = aligner.match(name_k, there.points_mm, name_q)
+        there = aligner.align_all(name_q, points, name_k)
+        back = aligner.align_all(name_k, there.points_mm, name_q)
         scores.append(there.scores)
         errors.append(np.nan_to_num(np.linalg.norm(back.points_mm - points, axis=1), nan=np.inf))
     score, near = np.concatenate(scores), np.concatenate(errors) <= reach_mm

@@ -21,7 +21,7 @@ from custom.landmarks.searchable import (
     EmbeddingMap,
     Searchable,
     coarse_vectors,
-    prepare,
+    prepare_pair,
     query_cells,
 )
 
@@ -32,7 +32,8 @@ ANCHORS = (
 )
 CYCLE_MM = 24.0  # a match that comes back so far off counts half (one and a half blocks; ours)
 AGREE_MM = 20.0  # a match this near to the affine map supports it (ours)
-ABOUT_MM = 90.0  # standard deviation of the anchors' distance from the one point that a map is for (ours)
+ABOUT = 96  # blocks about the one point that a map is for (ours)
+ABOUT_MM = 90.0  # and the standard deviation of their distance from it (ours)
 BEND_MM = 60.0  # over which the bending varies (ours)
 BEND_SIZE_MM, BEND_NOISE_MM = 20.0, 30.0  # how large it may be, and how far single matches scatter (ours)
 NEAR_MM = 8.0  # how far from the map a point may well lie (standard deviation; ours)
@@ -79,20 +80,20 @@ def fit_pair_map(
     Args:
         blocks_q: of the scan that is asked.
         blocks_k: of the other.
-        about_mm: (3,), the one point of Q that the map is for: a quarter of the anchors, most of them around it, is as
-            good there. None draws them evenly, for all points.
-        anchors: blocks of Q to match; by default 512, or 128 about a point.
+        about_mm: (3,), the one point of Q that the map is for: 96 anchors around it and 128 of the whole scan make it as
+            good there as four times as many evenly drawn. None is for all points.
+        anchors: evenly drawn blocks of Q to match; by default 512, or 128 about a point.
 
     Returns:
-        The map; ask its ``support`` before trusting it.
+        The map; ask its ``support`` before trusting it: it counts evenly drawn anchors only.
     """
     rng = np.random.default_rng(0)
-    if about_mm is None:
-        chosen = rng.permutation(len(blocks_q.vectors))[: anchors or ANCHORS]
-    else:
-        chosen = _anchors_about(
-            np.asarray(about_mm, dtype=float), blocks_q.points_mm, anchors or ANCHORS // 4, rng
-        )
+    count = anchors or (ANCHORS if about_mm is None else ANCHORS // 4)
+    even = rng.permutation(len(blocks_q.vectors))[:count]
+    chosen = even
+    if about_mm is not None:
+        near = _blocks_near(np.asarray(about_mm, dtype=float), blocks_q.points_mm, rng)
+        chosen = np.r_[even, np.setdiff1d(near, even)]
     points_q = blocks_q.points_mm[chosen]
     there = (blocks_q.vectors[chosen] @ blocks_k.vectors.T).argmax(axis=1)
     back = (blocks_k.vectors[there] @ blocks_q.vectors.T).argmax(axis=1)
@@ -100,22 +101,28 @@ def fit_pair_map(
     cycle_mm = np.linalg.norm(blocks_q.points_mm[back] - points_q, axis=1)
     trust = 1 / (1 + (cycle_mm / CYCLE_MM) ** 2)
 
+    whole = slice(len(even))
+    support = _support(
+        points_q[whole], points_k[whole], *robust_affine(points_q[whole], points_k[whole], trust[whole])
+    )
     matrix, middle_q, middle_k = robust_affine(points_q, points_k, trust)
-    left = points_k - (points_q - middle_q) @ matrix.T - middle_k
-    support = float((np.linalg.norm(left, axis=1) < AGREE_MM).mean())
-    pull = bend(points_q, left, trust)
+    pull = bend(points_q, points_k - (points_q - middle_q) @ matrix.T - middle_k, trust)
     return PairMap(matrix, middle_q, middle_k, points_q, pull, support)
 
 
-def _anchors_about(point_mm: Array, places_mm: Array, count: int, rng: np.random.Generator) -> Array:
-    """Three quarters of them drawn by nearness to a point, without replacement; the others from everywhere."""
+def _support(points_q: Array, points_k: Array, matrix: Array, middle_q: Array, middle_k: Array) -> float:
+    """Share of matches that an affine map explains."""
+    left = points_k - (points_q - middle_q) @ matrix.T - middle_k
+    return float((np.linalg.norm(left, axis=1) < AGREE_MM).mean())
+
+
+def _blocks_near(point_mm: Array, places_mm: Array, rng: np.random.Generator) -> Array:
+    """Blocks drawn by nearness to a point, without replacement."""
     squared = ((places_mm - point_mm) ** 2).sum(axis=1)
     # of exponential arrival times the first ones: rates fall off as a normal density does
     arrival = np.log(rng.exponential(size=len(places_mm))) + squared / (2 * ABOUT_MM**2)
-    near = min(3 * count // 4, len(places_mm))
-    return np.union1d(
-        np.argpartition(arrival, near - 1)[:near], rng.permutation(len(places_mm))[: count - near]
-    )
+    near: Array = np.argpartition(arrival, min(ABOUT, len(places_mm)) - 1)[:ABOUT]
+    return near
 
 
 def robust_affine(points_q: Array, points_k: Array, trust: Array) -> tuple[Array, Array, Array]:
@@ -185,7 +192,7 @@ def match_near(
         8 mm, is given where it is expected, with score -1: not to be used as a match.
     """
     points, expected = (np.atleast_2d(np.asarray(p, dtype=float)) for p in (points_mm, expected_mm))
-    map_q, map_k = prepare(embedding_q), prepare(embedding_k)
+    map_q, map_k = prepare_pair(embedding_q, embedding_k)
     cells, inside = query_cells(points, map_q)
     found, scores = np.full(points.shape, np.nan), np.full(len(points), REFUSED)
     found[inside] = expected[inside]

@@ -156,6 +156,7 @@ def save_embedding(
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         safetensors.numpy.save_file(sections, temporary, metadata)
+        temporary.chmod(0o644)  # safetensors lets only its owner read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -185,7 +186,10 @@ def read_header(path: Path) -> tuple[EmbeddingHeader, dict[str, tuple[Any, tuple
         metadata = json.loads(table.pop("__metadata__")["alice"])
         found = metadata.pop("format")
         if found != FORMAT:
-            raise EmbeddingError(f"{path}: format {found!r}, this version reads {FORMAT!r}. Embed again.")
+            raise EmbeddingError(
+                f"{path}: format {found!r}, this version reads {FORMAT!r}. Embed again, with overwrite: "
+                f"alice embed STORE {path.parent} --overwrite"
+            )
         header = EmbeddingHeader(**metadata)
         places = {
             key: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), int(entry["data_offsets"][0]))

@@ -19,7 +19,7 @@ INDEX = "embeddings.json"
 class EmbeddingFolder:
     """A folder of embeddings made by one network.
 
-    Picklable; files are opened at first use, per process, the last ones kept open.
+    A file's checksum is compared when a process opens it for the first time. Picklable; files are opened at first use, per process, the last ones kept open.
 
     Args:
         path: as ``embed_store`` or ``embed_folder`` left it.
@@ -40,7 +40,8 @@ class EmbeddingFolder:
         self.weights_sha256: str = index["weights_sha256"]
         self.threshold: float | None = index.get("threshold")
         self.profile: str = index.get("profile", "ct")  # before profiles, all were of CT
-        self._open = functools.lru_cache(maxsize=max_open)(self._open_file)
+        self._whole: set[str] = set()
+        self._open = functools.lru_cache(maxsize=max_open)(self._open_checked)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "max_open": self.max_open}
@@ -77,7 +78,7 @@ class EmbeddingFolder:
         if wrong:
             raise EmbeddingError(
                 f"{self.path}: {len(wrong)} of {len(store)} scans of {store.path} have no embedding that fits: "
-                f"{', '.join(wrong[:3])}. Embed them again: alice embed {store.path} {self.path}"
+                f"{', '.join(wrong[:3])}. Embed them again: alice embed {store.path} {self.path} --overwrite"
             )
 
     def keep_threshold(self, threshold: float) -> None:
@@ -85,6 +86,13 @@ class EmbeddingFolder:
         content = {**read_folder_index(self.path), "threshold": threshold}
         write_text(self.path / INDEX, json.dumps(content, indent=1))
         self.threshold = threshold
+
+    def _open_checked(self, name: str) -> StoredEmbedding:
+        stored = self._open_file(name)
+        if name not in self._whole:
+            stored.check()
+            self._whole.add(name)
+        return stored
 
     def _open_file(self, name: str) -> StoredEmbedding:
         stored = StoredEmbedding(embedding_path(self.path, name))
@@ -114,6 +122,7 @@ def read_folder_index(folder: Path) -> dict[str, Any]:
         raise EmbeddingError(f"{path}: unreadable ({error}). Delete the folder and embed again.") from error
     if index.get("format") != FORMAT:
         raise EmbeddingError(
-            f"{path}: format {index.get('format')!r}, this version reads {FORMAT!r}. Embed again."
+            f"{path}: format {index.get('format')!r}, this version reads {FORMAT!r}. Embed again, with overwrite: "
+            f"alice embed STORE {folder} --overwrite"
         )
     return index

@@ -51,7 +51,7 @@ def embed_store(
         store: volumes in HU.
         out: folder to write; made if missing.
         names: volumes to embed; None for all.
-        threshold: the weights' calibrated score, kept with the embeddings.
+        threshold: the weights' calibrated score, kept with the embeddings unless the folder has its own.
         fine_bits: see :func:`save_embedding`.
         slab: see :func:`custom.landmarks.sam.embed_scan`.
         overwrite: replace what was made with other weights or from other voxels.
@@ -157,14 +157,15 @@ def _embed_all(
         if made["weights_sha256"] != weights_sha256:
             raise EmbeddingError(
                 f"{out}: made with weights {made['weights_sha256'][:12]}, now {weights_sha256[:12]} are given, and "
-                "their embeddings do not compare. Choose another folder, or overwrite."
+                "their embeddings do not compare. Choose another folder, or --overwrite."
             )
         if made.get("profile", "ct") != profile:
             raise EmbeddingError(
                 f"{out}: made from intensities of profile {made.get('profile', 'ct')!r}, now {profile!r} are given. "
                 "Choose another folder."
             )
-        threshold = made.get("threshold") if threshold is None else threshold
+        kept = made.get("threshold")  # of these weights, maybe calibrated since they were saved
+        threshold = threshold if kept is None else kept
     todo = [
         name
         for name in sources
@@ -213,4 +214,4 @@ def _needs_embedding(
     if overwrite:
         return True
     what = "with other weights" if header.weights_sha256 != weights else "from a scan that has changed since"
-    raise EmbeddingError(f"{path}: made {what}. Delete it, choose another folder, or overwrite.")
+    raise EmbeddingError(f"{path}: made {what}. Delete it, choose another folder, or --overwrite.")

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from custom.landmarks.scan_grid import cell_to_world
 from custom.landmarks.search import METHODS, REFUSED, Method, Search
-from custom.landmarks.searchable import Searchable, coarse_vectors, prepare, query_cells
+from custom.landmarks.searchable import Searchable, coarse_vectors, prepare_pair, query_cells
 
 
 class Matches(NamedTuple):
@@ -61,12 +61,7 @@ def match_points(
     points = np.atleast_2d(np.asarray(points_mm, dtype=np.float64))
     if points.ndim != 2 or points.shape[1] != 3:
         raise ValueError(f"Points must have shape (N, 3), got {np.shape(points_mm)}.")
-    map_q, map_k = prepare(embedding_q), prepare(embedding_k)
-    if map_q.coarse.shape[-1] != map_k.coarse.shape[-1]:
-        raise ValueError(
-            f"Embeddings of {map_q.coarse.shape[-1]} and {map_k.coarse.shape[-1]} numbers do not compare: "
-            "embed both scans with the same network."
-        )
+    map_q, map_k = prepare_pair(embedding_q, embedding_k)
 
     cells, inside = query_cells(points, map_q)
     found_mm, scores = np.full(points.shape, np.nan), np.full(len(points), REFUSED)

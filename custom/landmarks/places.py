@@ -27,6 +27,14 @@ class Places(Protocol):
     def find(self, name: str, place_mm: Array) -> Array: ...
 
 
+def phantom_image(folder: str | Path, file: str) -> Path:
+    """Where a cohort keeps an image: in ``images``, or in ``imagesTr`` if it is in BTCV's layout."""
+    return next(
+        (p for part in ("images", "imagesTr") if (p := Path(folder) / part / file).is_file()),
+        Path(folder) / "images" / file,
+    )
+
+
 class PhantomPlaces:
     """The space that phantoms share: their canonical coordinates, linear between samples 4 to 6 mm apart.
 
@@ -42,7 +50,7 @@ class PhantomPlaces:
         self.maps: dict[str, tuple[Tensor, Array]] = {}
         for name in store.names:
             path = Path(folder) / "canonical" / f"{name.removesuffix('_0000')}.npz"
-            image = Path(folder) / "images" / f"{name}.nii.gz"
+            image = phantom_image(folder, f"{name}.nii.gz")
             if path.is_file() and image.is_file():
                 canonical = read_canonical(path)[::2, ::2, ::2]
                 affine = nib.load(image).affine @ np.diag([2.0, 2.0, 2.0, 1.0])

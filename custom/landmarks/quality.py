@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,20 @@ from custom.data.store import VolumeStore
 from custom.evaluation.rows import write_rows
 from custom.landmarks.aligners import Aligner
 from custom.landmarks.alignment_page import alignment_page
+from custom.landmarks.embeddings import embed_store
+from custom.landmarks.known_warp import write_warped
 from custom.landmarks.label_transfer import label_transfer
-from custom.landmarks.measures import Figures, Pair, Row, cycle_figures, landmark_error, truth_error
+from custom.landmarks.measures import (
+    Figures,
+    Pair,
+    Row,
+    cycle_figures,
+    known_warp,
+    landmark_error,
+    truth_error,
+)
 from custom.landmarks.truth import Truth, read_landmarks
+from custom.landmarks.weights import load_sam_weights, read_sam_metadata
 
 
 def alignment_table(
@@ -77,6 +88,48 @@ def alignment_table(
     return rows
 
 
+def warp_rows(
+    store: VolumeStore,
+    names: Sequence[str],
+    make_aligners: Callable[[VolumeStore, Path | None], Mapping[str, Aligner]],
+    out_dir: str | Path,
+    weights: str | Path | None = None,
+    *,
+    num_points: int = 100,
+    seed: int = 0,
+) -> list[Row]:
+    """Target registration error between scans and themselves, deformed by known smooth maps.
+
+    Args:
+        store: the scans.
+        names: which to deform.
+        make_aligners: of a store and a folder of its embeddings.
+        out_dir: gets ``warped``, a store of both, and ``warped_embeddings``.
+        weights: of SAM, to embed them with; None if no aligner needs that.
+        num_points: of each body.
+        seed: of the maps and points.
+
+    Returns:
+        Rows as :func:`alignment_table` gives.
+    """
+    out_dir = Path(out_dir)
+    deformed, warps = write_warped(store, names, out_dir / "warped", seed=seed)
+    embeddings = None
+    if weights is not None:
+        embeddings, info = out_dir / "warped_embeddings", read_sam_metadata(weights)
+        network = load_sam_weights(weights)
+        embed_store(
+            network, info["sha256"], deformed, embeddings, threshold=info.get("threshold"), overwrite=True
+        )
+    return [
+        known_warp(aligner, deformed, warps, num_points, seed).row(
+            name, "known warp, error, mm", statistic, seed
+        )
+        for name, aligner in make_aligners(deformed, embeddings).items()
+        for statistic in ("mean", "median", "P90", "within 10 mm")
+    ]
+
+
 def draw_pairs(
     store: VolumeStore, count: int, seed: int = 0, names: Sequence[str] | None = None
 ) -> list[Pair]:
@@ -106,6 +159,7 @@ def check_alignment(
     landmark_csv: str | Path | None = None,
     label_names: Mapping[int, str] | None = None,
     pictures: int = 6,
+    more: Sequence[Row] = (),
 ) -> list[Row]:
     """Measure aligners and write ``table.csv``, ``index.html`` and a PNG per matched point.
 
@@ -121,6 +175,7 @@ def check_alignment(
         landmark_csv: see :func:`read_landmarks`.
         label_names: of label values.
         pictures: pairs in the gallery, each with one point and all aligners.
+        more: rows for the table, as of :func:`warp_rows`.
 
     Returns:
         The table's rows.
@@ -145,6 +200,7 @@ def check_alignment(
         landmarks=landmarks,
         label_names=label_names,
     )
+    rows += more
     out_dir.mkdir(parents=True, exist_ok=True)
     write_rows(out_dir / "table.csv", rows)
     alignment_page(rows, aligners, store, chosen, out_dir, truth=truth, pictures=pictures, seed=seed).write(

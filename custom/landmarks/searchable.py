@@ -29,6 +29,7 @@ class EmbeddingMap(Protocol):
 
     affine: NDArray[np.float64]
     shape: Triple
+    weights_sha256: str | None  # of the network that made it, if that is known
 
     @property
     def grid(self) -> Triple: ...
@@ -53,6 +54,7 @@ class DenseMap:
     """A ``ScanEmbedding`` prepared for searching: channels last, with norms and a pooled copy. Float32, CPU."""
 
     body: Array | None = None
+    weights_sha256: str | None = None
 
     def __init__(self, embedding: ScanEmbedding) -> None:
         self.affine, self.shape = np.asarray(embedding.affine), embedding.shape
@@ -95,6 +97,27 @@ def prepare(embedding: Searchable) -> EmbeddingMap:
         reference = weakref.ref(embedding, lambda _: _prepared.pop(key, None) and None)
         _prepared[key] = (reference, DenseMap(embedding))
     return _prepared[key][1]
+
+
+def prepare_pair(embedding_q: Searchable, embedding_k: Searchable) -> tuple[EmbeddingMap, EmbeddingMap]:
+    """Two scans ready to be compared.
+
+    Raises:
+        ValueError: if different networks made them, so that they do not compare.
+    """
+    map_q, map_k = prepare(embedding_q), prepare(embedding_k)
+    if map_q.coarse.shape[-1] != map_k.coarse.shape[-1]:
+        raise ValueError(
+            f"Embeddings of {map_q.coarse.shape[-1]} and {map_k.coarse.shape[-1]} numbers do not compare: "
+            "embed both scans with the same network."
+        )
+    known = {map_.weights_sha256 for map_ in (map_q, map_k)} - {None}
+    if len(known) > 1:
+        raise ValueError(
+            f"Embeddings made with different weights ({', '.join(sorted(str(w)[:12] for w in known))}) do not compare: "
+            "embed both scans with the same ones."
+        )
+    return map_q, map_k
 
 
 def inside_grid(points_mm: Array, target: EmbeddingMap) -> Array:

@@ -34,6 +34,7 @@ class StoredEmbedding:
         self.path = Path(path)
         self.header, self._places, self._data_start = read_header(self.path)
         self.affine = np.array(self.header.affine)
+        self.weights_sha256: str | None = self.header.weights_sha256
         self.shape: Triple = (self.header.shape[0], self.header.shape[1], self.header.shape[2])
         self.grid: Triple = (self.header.grid[0], self.header.grid[1], self.header.grid[2])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -142,8 +143,39 @@ class SAMTrainer(Trainer):
             self.terminate()
 
 
+class RunSettings:
+    """What may not change when a run goes on: kept in its checkpoints, compared before anything else is loaded.
+
+    Args:
+        settings: plain values by name.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def state_dict(self) -> dict[str, Any]:
+        """Kept as text, for lists may come back as tuples."""
+        return {name: json.dumps(value) for name, value in self.settings.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raises ValueError naming what differs."""
+        own = self.state_dict()
+        differ = [
+            f"{name} was {state_dict.get(name, 'not there')}, now {own.get(name, 'is not there')}"
+            for name in sorted({*own, *state_dict})
+            if own.get(name) != state_dict.get(name)
+        ]
+        if differ:
+            raise ValueError(
+                f"output_dir holds a run with other settings: {'; '.join(differ)}. Choose another output_dir, and "
+                "init_weights to start from that run's model.safetensors."
+            )
+
+
 class SaveWeights:
-    """When the run ends, by the first process: the network as ``load_sam_weights`` reads it.
+    """When the run is at its last step, by the first process: the network as ``load_sam_weights`` reads it.
+
+    A run that was asked to leave before writes none: they would pass for finished.
 
     Args:
         path: ``.safetensors``.
@@ -158,7 +190,11 @@ class SaveWeights:
         engine.add_event_handler(Events.COMPLETED, self._save)
 
     def _save(self, engine: SAMTrainer) -> None:
-        if rank() == 0:
+        if engine.state.iteration < engine.steps:
+            logger.warning(
+                "Left at step %d of %d; the same command goes on.", engine.state.iteration, engine.steps
+            )
+        elif rank() == 0:
             save_sam(self.path, engine.network, {**self.summary, "steps": engine.state.iteration})
             logger.info("Saved %s", self.path)
 
@@ -173,13 +209,19 @@ def newest_checkpoint(folder: str | Path) -> str | None:
     return max(found)[1] if found else None
 
 
-def start_from(network: SAM, path: str | Path | None) -> SAM:
+def start_from(network: SAM, path: str | Path | None, *, needed: bool = False) -> SAM:
     """The network with the weights of a file of ours, or as it is if ``path`` is None.
 
     Raises:
-        ValueError: if the file cannot be used, or holds another network.
+        ValueError: if the file cannot be used or holds another network, or is ``needed`` (for a run that keeps batch
+            norm's statistics from its first step on) and not given.
     """
     if path is None:
+        if needed:
+            raise ValueError(
+                "freeze_norm 0 keeps batch norm's statistics throughout, and an untrained network has none: give "
+                "init_weights, a model.safetensors of an earlier run."
+            )
         return network
     found = load_sam_weights(path)
     if found.settings != network.settings:

@@ -18,6 +18,7 @@ from custom.data.phantom_correspondence import find_places
 from custom.data.store import VolumeStore
 from custom.landmarks.geometry import to_voxels
 from custom.landmarks.known_warp import Warp
+from custom.landmarks.places import phantom_image
 
 Truth: TypeAlias = Callable[[str, NDArray[np.float64], str], NDArray[np.float64]]
 FAR_MM = 1.0  # a phantom's place whose canonical residual exceeds this lies outside of the scan
@@ -50,10 +51,7 @@ def phantom_truth(store: VolumeStore, folder: str | Path) -> Truth:
     @functools.lru_cache(maxsize=6)
     def load(name: str) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         file = Path(store.records[name].source).name
-        image = next(
-            (p for part in ("images", "imagesTr") if (p := folder / part / file).is_file()),
-            folder / "images" / file,
-        )
+        image = phantom_image(folder, file)
         path = folder / "canonical" / f"{image.name.split('.')[0].removesuffix('_0000')}.npz"
         for needed in (image, path):
             if not needed.is_file():
