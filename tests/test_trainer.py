@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_VIT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from custom.alice.branch import StudentBranch
 from custom.alice.checkpoint import (
@@ -297,6 +298,13 @@ def test_monitors_and_probe_report_without_touching_the_run(store, tmp_path):
         "monitor/grad/l_st",
     } <= set(reported)
     assert reported["monitor/grad/l_r"] > 0 and probed == [False] * 3
+    shown = reported["monitor/scores_histogram"]
+    assert (shown["from"], shown["to"]) == (-1.0, 1.0) and sum(
+        shown["counts"]
+    ) == 2 * 2  # two steps of two pairs
+    events = EventAccumulator(str(tmp_path / "with" / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["histograms"] == ["monitor/scores"]
     assert losses(tmp_path / "without") == [row for row in losses_of(lines) if row[0] > 0]
 
 

@@ -103,6 +103,7 @@ class Monitors:
         ranked = sorted(engine.scores)
         values |= {f"score_p{p}": ranked[min(p * len(ranked) // 100, len(ranked) - 1)] for p in (10, 50, 90)}
         engine.report({f"monitor/{name}": value for name, value in values.items()})
+        engine.report_distribution("monitor/scores", ranked)
         if values["std_teacher"] < ALARM_STD and values["rank_teacher"] < 2:
             logger.warning(
                 "Step %d: the teacher's vectors collapse (spread %.3f of a healthy 1, effective rank %.1f). "

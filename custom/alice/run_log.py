@@ -7,9 +7,11 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ignite.engine import Events
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -17,6 +19,8 @@ from tqdm import tqdm
 from custom.processes import any_process, rank, world_size
 
 logger = logging.getLogger(__name__)
+
+BINS = 20  # of a histogram of similarities, from -1 to 1
 
 
 class RunLog:
@@ -61,29 +65,41 @@ class RunLog:
         pairs = engine.data_loader.batch_sampler.batch_size * world_size() * (step - self._seen)
         speed = pairs / max(now - self._clock, 1e-9)
         self._clock, self._seen = now, step
-        self._write(step, values | _take_news(engine), speed)
+        self._write(step, values | _take_news(engine), speed, _take_news(engine, "distributions"))
 
-    def _write(self, step: int, values: dict[str, float], speed: float | None = None) -> None:
-        line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+    def _write(
+        self,
+        step: int,
+        values: dict[str, float],
+        speed: float | None = None,
+        distributions: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        line: dict[str, Any] = {"step": step} | {
+            k: v if math.isfinite(v) else None for k, v in values.items()
+        }
         if speed is not None:
             line["pairs_per_second"] = round(speed, 3)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
         assert self._writer is not None
         for name, value in line.items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        for name, many in (distributions or {}).items():
+            counts, edges = np.histogram(many, BINS, (-1.0, 1.0))
+            line[f"{name}_histogram"] = {"counts": counts.tolist(), "from": edges[0], "to": edges[-1]}
+            self._writer.add_histogram(name, np.asarray(many), step)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def _stop(self, engine: Any) -> None:
         if self._writer is not None:
             self._writer.close()
 
 
-def _take_news(engine: Any) -> dict[str, float]:
+def _take_news(engine: Any, kind: str = "news") -> dict[str, Any]:
     """What meters reported since the last look, by a trainer that collects it."""
-    news = dict(getattr(engine, "news", {}))
+    news = dict(getattr(engine, kind, {}))
     if news:
-        engine.news = {}
+        setattr(engine, kind, {})
     return news
 
 

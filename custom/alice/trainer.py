@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,7 +193,8 @@ class AliceTrainer(Trainer):
             self.online.encoder.compile()
             teacher.get_submodule("encoder").compile()
         self.section: Callable[[str], Any] = _untimed  # replaced by a profile, see custom.alice.profile
-        self.news: dict[str, float] = {}  # what meters reported since the log last looked
+        self.news: dict[str, float] = {}
+        self.distributions: dict[str, list[float]] = {}  # what meters reported since the log last looked
         self.pooled: list[
             tuple[Tensor, Tensor, list[str]]
         ] = []  # student's, teacher's, whose; of this step's parts
@@ -301,6 +302,10 @@ class AliceTrainer(Trainer):
         """Take a meter's numbers into ``state.metrics`` and the next line of the log."""
         self.state.metrics.update(values)
         self.news.update(values)
+
+    def report_distribution(self, name: str, values: Sequence[float]) -> None:
+        """Take many numbers of one kind into the next line of the log: as a histogram."""
+        self.distributions[name] = list(values)
 
     def part(self, batch: dict[str, Any], part: int) -> dict[str, Any]:
         """One of ``accumulate`` equal parts of a batch, with its own plan."""
