@@ -269,7 +269,7 @@ def calibrate(
         weights: and noted in this .safetensors, if it is given.
         pairs, points: ordered pairs of scans, and points in each.
         reach_mm: how far from its start a match may come back.
-        share: of the accepted matches that must come back so near.
+        share: of the matches of any score above it that must come back so near.
         seed: of the draws.
     """
     from custom.data.store import VolumeStore

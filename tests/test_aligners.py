@@ -136,6 +136,9 @@ def test_a_threshold_is_calibrated_where_matches_come_back(store, embeddings):
     assert found.threshold is not None
     assert rows[found.threshold]["within"] >= 0.2
     assert rows[found.threshold]["points"] >= 20
+    # no lower than matches were seen, however good all of them are
+    above = max((row["points"] for row in found.rows if row["score"] > found.threshold), default=0)
+    assert rows[found.threshold]["points"] >= above + 20
     accepted = [row["accepted"] for row in found.rows]
     assert accepted == sorted(accepted)
     impossible = calibrate_threshold(

@@ -312,7 +312,7 @@ class Calibration(NamedTuple):
     """A score to ask for, and what led to it.
 
     Attributes:
-        threshold: the lowest score whose matches come back near enough, often enough; None if there is none.
+        threshold: the lowest score at which matches come back near enough, often enough; None if there is none.
         rows: per candidate ``score``, the share of ``accepted`` matches, the share of those ``within`` reach, and
             their ``points``.
     """
@@ -341,7 +341,7 @@ def calibrate_threshold(
         num_pairs: ordered pairs to draw.
         num_points: points a pair.
         reach_mm: how far from the start a match may come back.
-        share: of the accepted matches that must.
+        share: of the matches of any score above the threshold that must.
         seed: of the draws.
 
     Returns:
@@ -364,7 +364,7 @@ def calibrate_threshold(
         scores.append(there.scores)
         errors.append(np.nan_to_num(np.linalg.norm(back.points_mm - points, axis=1), nan=np.inf))
     score, near = np.concatenate(scores), np.concatenate(errors) <= reach_mm
-    rows, threshold = [], None
+    rows, threshold, above, good = [], None, np.inf, True
     for candidate in np.arange(0.95, -0.5, -0.025).round(3):
         accepted = score >= candidate
         within = float(near[accepted].mean()) if accepted.any() else float("nan")
@@ -376,9 +376,11 @@ def calibrate_threshold(
                 "points": int(accepted.sum()),
             }
         )
-        # fewer than 20 matches say too little (ours)
-        if within >= share and accepted.sum() >= 20:
-            threshold = float(candidate)
+        # the matches that a lower threshold lets in have to be good themselves; fewer than 20 say too little (ours)
+        added = accepted & (score < above)
+        if added.sum() >= 20:
+            good, above = good and float(near[added].mean()) >= share, candidate
+            threshold = float(candidate) if good else threshold
     return Calibration(threshold, rows)
 
 
