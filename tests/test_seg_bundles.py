@@ -103,6 +103,27 @@ def trained(cohort, tmp_path_factory):
     return folder
 
 
+def test_without_a_case_to_validate_on_the_last_network_is_the_fine_tuned_one(cohort, tmp_path):
+    # as MONAI Label asks, when an annotator has labelled one or two scans
+    data = [
+        {
+            "image": str(cohort / "images" / "case_01_0000.nii.gz"),
+            "label": str(cohort / "labels" / "case_01.nii.gz"),
+        }
+    ]
+    more = {"train#dataset#data": data, "validate#dataset#data": []}
+    bundle_run("train", output_dir=str(tmp_path / "run"), ckpt_dir=str(tmp_path / "models"), **(TRIAL | more))
+    kept = torch.load(tmp_path / "models" / "model_finetuned.pt", weights_only=True)
+    last = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
+    assert kept.keys() == last.keys() and all(torch.equal(kept[k], last[k]) for k in kept)
+
+
+def test_with_cases_to_validate_on_the_best_network_is(trained):
+    parser = parser_of("train", **TINY, dataset_dir=str(trained))
+    parser.update({"validate#dataset#data": [{"image": "a"}]})
+    assert parser.get_parsed_content("train::keeper") is None
+
+
 # -- the files -------------------------------------------------------------------
 
 
