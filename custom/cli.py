@@ -267,7 +267,8 @@ def calibrate(
         embeddings: of alice embed; the score is kept with them,
         held_back: regular expression on the names of the scans to use.
         weights: and noted in this .safetensors, if it is given.
-        pairs, points: ordered pairs of scans, and points in each.
+        pairs: ordered pairs of scans.
+        points: in each of them.
         reach_mm: how far from its start a match may come back.
         share: of the matches of any score above it that must come back so near.
         seed: of the draws.
@@ -330,7 +331,8 @@ def check_alignment(
         out: folder for table.csv, index.html and pictures.
         embeddings: of alice embed; adds the aligners sam and sam_nearest.
         aligners: among affine (a registration of each pair, seconds), coordinate, random.
-        pairs, points: scan pairs, and points in each.
+        pairs: of scans.
+        points: in each of them.
         seed: of all draws.
         phantoms: the cohort the store was built from, for its exact correspondence.
         landmarks: CSV of scan,landmark,x,y,z in mm.

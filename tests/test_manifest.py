@@ -34,8 +34,9 @@ from custom.data.fingerprint import near_pairs
 from custom.data.intake import open_scan
 from custom.data.intake_page import intake_page
 from custom.data.manifest import Manifest, ManifestError, exit_code, scan_folder, summary
+from custom.data.names import name_all
 from custom.data.reasons import ACCEPTED, REJECTED, WARNED, Reason
-from custom.data.records import PROFILES, Job, Rules
+from custom.data.records import PROFILES, Job, Rules, ScanRecord
 from custom.data.scans import ScanError
 
 SEEDS = Path(__file__).parent / "seeds"
@@ -135,6 +136,21 @@ def test_scaled_nifti_reads_as_nibabel_reads_it(tmp_path):
     )
     ours = open_scan(path)
     np.testing.assert_array_equal(ours.scaled(ours.raw), nib.load(path).get_fdata())
+
+
+@pytest.mark.parametrize(("paths", "patients"), [
+    (["images/FLARE22_Tr_0001_0000.nii.gz", "images/FLARE22_Tr_0002_0000.nii.gz"], ["FLARE22_Tr_0001", "FLARE22_Tr_0002"]),
+    (["amos_0001.nii.gz", "amos_0002.nii.gz"], ["amos_0001", "amos_0002"]),
+    (["LIDC-IDRI-0001.nii.gz", "LIDC-IDRI-0002.nii.gz"], ["LIDC-IDRI-0001", "LIDC-IDRI-0002"]),
+    (["images/volume-1.nii.gz", "images/volume-12.nii.gz"], ["volume-1", "volume-12"]),
+    (["imagesTr/liver_12_0000.nii.gz", "imagesTr/liver_12_0001.nii.gz"], ["liver_12", "liver_12"]),
+    (["p1/ct_1.nii.gz", "p2/ct_1.nii.gz"], ["p1", "p2"]),
+    (["p1/ct.nii.gz", "p2/mr.nii.gz"], ["p1", "p2"]),
+])  # fmt: skip
+def test_cases_that_a_number_tells_apart_are_different_patients(paths, patients):
+    records = [ScanRecord(path=path, kind="image", format="nifti") for path in paths]
+    name_all(records, Rules(hash_ids=False, salt=""), None)
+    assert [record.patient for record in records] == patients
 
 
 def test_patients_come_from_tags_barcodes_folders_and_patterns(tmp_path):

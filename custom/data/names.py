@@ -21,11 +21,15 @@ _SUBJECT = re.compile(r"(?:^|/)(sub-[A-Za-z0-9]+)")  # BIDS
 def name_all(records: list[ScanRecord], rules: Rules, pattern: re.Pattern | None) -> None:
     """Ids and patients; a patient that a DICOM tag named stays unless a pattern was asked for."""
     taken: dict[str, ScanRecord] = {}
+    folders: dict[str, set[Path]] = {}
+    for record in records:
+        folders.setdefault(stem(Path(record.path)), set()).add(Path(record.path).parent)
+    repeated = {name for name, where in folders.items() if len(where) > 1}
     for record in sorted(records, key=lambda one: (one.path, one.files[:1], one.format)):
         name = _identity(record)
         named = record.format == "dicom" and record.patient  # by a tag
         if not named or (pattern and pattern.search(record.path)):
-            record.patient = rules.hidden(_patient(record, pattern), "p")
+            record.patient = rules.hidden(_patient(record, pattern, repeated), "p")
         plain = rules.hidden(name, "s") if rules.hash_ids else re.sub(r"[^\w.\-]+", "_", name)
         record.id, number = plain, 1
         while record.id in taken:
@@ -47,7 +51,8 @@ def _identity(record: ScanRecord) -> str:
     return path.with_name(stem(path)).as_posix()
 
 
-def _patient(record: ScanRecord, pattern: re.Pattern | None) -> str:
+def _patient(record: ScanRecord, pattern: re.Pattern | None, repeated: set[str]) -> str:
+    """Whose a scan is; ``repeated`` are the file names that occur in several folders."""
     found = (pattern.search(record.path) if pattern else None) or _TCGA.search(record.path)
     found = found or _SUBJECT.search(record.path)
     if found:
@@ -56,12 +61,13 @@ def _patient(record: ScanRecord, pattern: re.Pattern | None) -> str:
     if record.format == "dicom":
         return record.path
     name = re.sub(
-        r"([_\-. ](ct|mri?|image|img|\d{4}|labels?|seg|segmentation|mask))+$",
-        "",
-        stem(path),
-        flags=re.IGNORECASE,
+        r"([_\-. ](ct|mri?|image|img|labels?|seg|segmentation|mask))+$", "", stem(path), flags=re.IGNORECASE
     )
-    return path.parent.as_posix() if _PLAIN_NAME.match(name) and path.parent.name else name
+    # nnU-Net's channel, behind the number that tells cases apart: liver_12_0000, but not amos_0012
+    name = re.sub(r"(?<=\d)_\d{4}$", "", name)
+    plain = _PLAIN_NAME.match(name)
+    numbered = plain is not None and any(c.isdigit() for c in name) and stem(path) not in repeated
+    return path.parent.as_posix() if plain and not numbered and path.parent.name else name
 
 
 def pair_labels(records: list[ScanRecord]) -> None:
