@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_matching import waves
 
+from custom.landmarks.blocks import make_blocks
 from custom.landmarks.consensus import PairMap, fit_pair_map, match_near, robust_affine
 from custom.landmarks.matching import match_points
 from custom.landmarks.scan_grid import STRIDES_ZYX, ScanEmbedding, cell_to_world
@@ -107,9 +108,9 @@ def test_a_map_about_one_point_needs_fewer_anchors(scans, pair):
     points = some_points(60)
     truth = across(points)
     about = [fit_pair_map(*blocks, about_mm=point) for point in points]
-    assert max(len(map_.anchors_mm) for map_ in about) <= 96 + 128
+    assert max(len(map_.anchors_mm) for map_ in about) <= 64 + 96
     assert {map_.support for map_ in about} == {
-        fit_pair_map(*blocks, anchors=128).support
+        fit_pair_map(*blocks, anchors=96).support
     }  # the pair's, not the point's
     here = np.linalg.norm([m(p[None])[0] - t for m, p, t in zip(about, points, truth, strict=True)], axis=1)
     assert here.mean() < 1.15 * np.linalg.norm(pair(points) - truth, axis=1).mean()
@@ -132,6 +133,23 @@ def test_blocks_compare_as_whole_similarities(scans):
     assert len(cells.points_mm) == 8 * 10 * 12
     corner = np.linalg.norm(cells.points_mm - (AFFINE @ np.array([3.5, 3.5, 3.5, 1.0]))[:3], axis=1).min()
     assert corner < 1e-6
+
+
+@pytest.mark.parametrize("kept", ["all", "body", "one"])
+def test_every_second_block_comes_first(kept):
+    used = np.zeros((10, 12, 14), bool)
+    used[{"all": np.s_[:], "body": np.s_[2:8, 4:, 2:12], "one": np.s_[2:4, :2, :2]}[kept]] = True
+    rng = np.random.default_rng(0)
+    coarse = rng.normal(size=(10, 6, 7, 4))
+    cells = make_blocks(
+        rng.normal(size=(used.sum(), 4)), used, coarse, (20, 24, 28), np.diag([2.0, 2.0, 2.0, 1.0])
+    )
+    assert len(cells.points_mm) / 2 - 0.5 <= cells.alternate <= len(cells.points_mm) / 2 + 0.5
+    first, rest = np.split(cells.points_mm, [cells.alternate])
+    apart = np.linalg.norm(first[:, None] - first, axis=-1) + 1e9 * np.eye(len(first))
+    assert apart.min() > 16 + 1e-6, "no two of them share a face"
+    if kept != "one":
+        assert np.linalg.norm(rest[:, None] - first, axis=-1).min(axis=1).max() < 16 + 1e-6
 
 
 def test_points_off_either_scan_are_refused(scans):

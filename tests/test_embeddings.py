@@ -131,7 +131,7 @@ def test_a_file_cut_short_changed_or_foreign_is_refused(tmp_path):
     path.write_bytes(b"\x10" + b"\0" * 7 + b"x" * 40)
     with pytest.raises(EmbeddingError, match="no embedding, or damaged"):
         StoredEmbedding(path)
-    path.write_bytes(good.replace(b"alice-embedding-2", b"alice-embedding-9"))
+    path.write_bytes(good.replace(b"alice-embedding-3", b"alice-embedding-9"))
     with pytest.raises(EmbeddingError, match="alice-embedding-9"):
         StoredEmbedding(path)
     changed = bytearray(good)
@@ -193,7 +193,7 @@ def test_embeddings_of_an_older_format_are_replaced_by_the_command_that_the_mess
     name = store.names[0]
     (saved,) = embed_store(model, WEIGHTS, store, tmp_path, names=[name], progress=False)
     for path in (saved.path, tmp_path / "embeddings.json"):
-        path.write_bytes(path.read_bytes().replace(b"alice-embedding-2", b"alice-embedding-1"))
+        path.write_bytes(path.read_bytes().replace(b"alice-embedding-3", b"alice-embedding-2"))
     for use in (
         lambda: EmbeddingFolder(tmp_path),
         lambda: StoredEmbedding(saved.path),

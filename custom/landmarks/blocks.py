@@ -19,22 +19,27 @@ class Blocks(NamedTuple):
     Attributes:
         vectors: (n, 2C) float32; the product of two is the mean of their fine and coarse similarity.
         points_mm: (n, 3), the middle of what body they hold.
+        alternate: so many come first and are every second one of the lattice, as a chessboard's black squares: enough
+            to find a block's like among, at half the cost.
     """
 
     vectors: Array
     points_mm: Array
+    alternate: int
 
 
-def block_vectors(pooled_rows: Array, used: Array, coarse: Array, grid: Triple) -> Array:
-    """(n, 2C): the means of up to eight pooled vectors beside the interpolated coarse one, each half of length sqrt(1/2).
+def make_blocks(pooled_rows: Array, used: Array, coarse: Array, grid: Triple, affine: Array) -> Blocks:
+    """Blocks of the means of up to eight pooled vectors beside the interpolated coarse one, each half of length sqrt(1/2).
 
     Args:
         pooled_rows: (cells, C) of the 8 mm cells that hold body, in the order of ``used``.
-        used: bool (z, y, x), which 8 mm cells those are.
+        used: bool (z, y, x), which 8 mm cells those are; one at least.
         coarse: (z, y, x, C).
         grid: fine cells along z, y, x.
+        affine: of the 2 mm grid, voxel (x, y, z) to world mm.
     """
-    cells, first, members = _members(used)
+    cells = np.argwhere(used)
+    first, members, alternate = _blocks_of(cells, used.shape)
     order = np.argsort(members, kind="stable")
     starts = np.searchsorted(members[order], np.arange(len(first)))
     fine = np.add.reduceat(pooled_rows[order], starts, axis=0)
@@ -43,27 +48,21 @@ def block_vectors(pooled_rows: Array, used: Array, coarse: Array, grid: Triple) 
     halves = [
         half / np.maximum(np.linalg.norm(half, axis=1, keepdims=True), 1e-12) for half in (fine, context)
     ]
-    return (np.concatenate(halves, axis=1) * np.sqrt(0.5)).astype(np.float32)
+    vectors = (np.concatenate(halves, axis=1) * np.sqrt(0.5)).astype(np.float32)
 
-
-def block_points(used: Array, grid: Triple, affine: Array) -> Array:
-    """(n, 3) world mm: the middle of each block's 8 mm cells that hold body.
-
-    Args:
-        used: as for :func:`block_vectors`.
-        grid: fine cells along z, y, x.
-        affine: of the 2 mm grid, voxel (x, y, z) to world mm.
-    """
-    cells, _, members = _members(used)
     middles = np.minimum(2 * cells + 0.5, np.array(grid) - 1)  # in fine cells
     sums = np.stack([np.bincount(members, axis) for axis in middles.T], axis=-1)
-    return cell_to_world(sums / np.bincount(members)[:, None], affine, "fine")
+    points = cell_to_world(sums / np.bincount(members)[:, None], affine, "fine")
+    return Blocks(vectors, points, alternate)
 
 
-def _members(used: Array) -> tuple[Array, Array, Array]:
-    """8 mm cells in the body (m, 3), the first cell of each block (n,), and each cell's block (m,)."""
-    cells = np.argwhere(used)
-    size = (np.array(used.shape) + 1) // 2
-    flat = flat_index(cells // 2, (int(size[0]), int(size[1]), int(size[2])))
-    _, first, members = np.unique(flat, return_index=True, return_inverse=True)
-    return cells, first, members
+def _blocks_of(cells: Array, shape: tuple[int, ...]) -> tuple[Array, Array, int]:
+    """Of 8 mm cells (m, 3): the first one of each block, each one's block (m,), and how many blocks are alternate."""
+    blocks = cells // 2
+    size = (np.array(shape) + 1) // 2
+    flat = flat_index(blocks, (int(size[0]), int(size[1]), int(size[2])))
+    other = (
+        blocks.sum(axis=1) - blocks[0].sum()
+    ) % 2  # of the first cell's colour there is one block at least
+    values, first, members = np.unique(other * size.prod() + flat, return_index=True, return_inverse=True)
+    return first, members, int((values < size.prod()).sum())

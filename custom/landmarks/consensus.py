@@ -32,7 +32,7 @@ ANCHORS = (
 )
 CYCLE_MM = 24.0  # a match that comes back so far off counts half (one and a half blocks; ours)
 AGREE_MM = 20.0  # a match this near to the affine map supports it (ours)
-ABOUT = 96  # blocks about the one point that a map is for (ours)
+ABOUT, ABOUT_EVEN = 64, 96  # blocks about the one point that a map is for, and of the whole scan (ours)
 ABOUT_MM = 90.0  # and the standard deviation of their distance from it (ours)
 BEND_MM = 60.0  # over which the bending varies (ours)
 BEND_SIZE_MM, BEND_NOISE_MM = 20.0, 30.0  # how large it may be, and how far single matches scatter (ours)
@@ -74,29 +74,29 @@ def fit_pair_map(
 ) -> PairMap:
     """The map that the matches of two scans agree on.
 
-    Blocks of Q are matched to K and back. The affine map is fitted by re-weighted least squares (Cauchy's weights,
+    Blocks of Q are matched to every second one of K, and back. The affine map is fitted by re-weighted least squares (Cauchy's weights,
     slightly held to the identity), what is left by Gaussian process regression with robust noise.
 
     Args:
         blocks_q: of the scan that is asked.
         blocks_k: of the other.
-        about_mm: (3,), the one point of Q that the map is for: 96 anchors around it and 128 of the whole scan make it as
-            good there as four times as many evenly drawn. None is for all points.
-        anchors: evenly drawn blocks of Q to match; by default 512, or 128 about a point.
+        about_mm: (3,), the one point of Q that the map is for: 64 anchors around it and 96 of the whole scan make it as
+            good there as three times as many evenly drawn. None is for all points.
+        anchors: evenly drawn blocks of Q to match; by default 512, or 96 about a point.
 
     Returns:
         The map; ask its ``support`` before trusting it: it counts evenly drawn anchors only.
     """
     rng = np.random.default_rng(0)
-    count = anchors or (ANCHORS if about_mm is None else ANCHORS // 4)
+    count = anchors or (ANCHORS if about_mm is None else ABOUT_EVEN)
     even = rng.permutation(len(blocks_q.vectors))[:count]
     chosen = even
     if about_mm is not None:
         near = _blocks_near(np.asarray(about_mm, dtype=float), blocks_q.points_mm, rng)
         chosen = np.r_[even, np.setdiff1d(near, even)]
     points_q = blocks_q.points_mm[chosen]
-    there = (blocks_q.vectors[chosen] @ blocks_k.vectors.T).argmax(axis=1)
-    back = (blocks_k.vectors[there] @ blocks_q.vectors.T).argmax(axis=1)
+    there = (blocks_q.vectors[chosen] @ blocks_k.vectors[: blocks_k.alternate].T).argmax(axis=1)
+    back = (blocks_k.vectors[there] @ blocks_q.vectors[: blocks_q.alternate].T).argmax(axis=1)
     points_k = blocks_k.points_mm[there]
     cycle_mm = np.linalg.norm(blocks_q.points_mm[back] - points_q, axis=1)
     trust = 1 / (1 + (cycle_mm / CYCLE_MM) ** 2)
@@ -196,7 +196,6 @@ def match_near(
     if not len(asked):
         return Matches(found, scores)
     fine, coarse = map_q.fine_vectors(cells[asked]), coarse_vectors(map_q, cells[asked])
-    coarse_similarity = coarse @ map_k.coarse.reshape(-1, map_k.coarse.shape[-1]).T
     off_middle = points[asked] - cell_to_world(cells[asked], map_q.affine, "fine")
     for row, i in enumerate(asked):
         around = _cells_near(expected[i], map_k)
@@ -206,7 +205,7 @@ def match_near(
             map_k,
             flat_index(around, map_k.grid),
             fine[row],
-            coarse_similarity[row].reshape(map_k.coarse.shape[:3]),
+            _coarse_similarity_near(around, coarse[row], map_k),
         )
         places = cell_to_world(around, map_k.affine, "fine")
         likely = total / SHARPNESS - ((places - expected[i]) ** 2).sum(axis=1) / (2 * NEAR_MM**2)
@@ -214,6 +213,19 @@ def match_near(
         found[i] = share @ places / share.sum() + off_middle[row]
         scores[i] = total[likely.argmax()]
     return Matches(found, scores)
+
+
+def _coarse_similarity_near(cells: Array, vector: Array, scan: EmbeddingMap) -> Array:
+    """Similarities (z, y, x) of a coarse vector (C,) to the coarse cells that fine cells (n, 3) lie between; 0 elsewhere."""
+    weights = scan.fine_lattice.weights
+    spans = [
+        np.flatnonzero(w[a : b + 1].any(axis=0))
+        for w, a, b in zip(weights, cells.min(0), cells.max(0), strict=True)
+    ]
+    box = tuple(slice(span[0], span[-1] + 1) for span in spans)
+    similarity = np.zeros(scan.coarse_stored.shape[:3], np.float32)
+    similarity[box] = scan.coarse_stored[box].astype(np.float32) @ vector
+    return similarity
 
 
 def _outside_mm(points_mm: Array, scan: EmbeddingMap) -> Array:

@@ -14,12 +14,12 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from custom.landmarks.blocks import block_points, block_vectors
+from custom.landmarks.blocks import make_blocks
 from custom.landmarks.lattice import coarse_norm, lattice_weights, pool
 from custom.landmarks.packing import FINE_BITS, levels_of, pack, quantise, row_lengths
 from custom.landmarks.scan_grid import ScanEmbedding, Triple
 
-FORMAT = "alice-embedding-2"
+FORMAT = "alice-embedding-3"
 _SECTIONS = {
     "pooled": "I8",
     "pooled_length": "F32",
@@ -52,6 +52,7 @@ class EmbeddingHeader:
         affine: of that grid, voxel (x, y, z) to world mm (RAS).
         dim: numbers per embedding, C.
         fine_bits: per number of a fine cell.
+        alternate: how many of the blocks are; see :class:`Blocks`.
         content_sha256: of all sections.
     """
 
@@ -63,6 +64,7 @@ class EmbeddingHeader:
     affine: Sequence[Sequence[float]]
     dim: int
     fine_bits: int
+    alternate: int
     content_sha256: str
 
 
@@ -123,17 +125,17 @@ def save_embedding(
     pooled, used = pool(rows, body)
     pooled_rows = quantise(pooled[used], 127)
     known = coarse.astype(np.float32)  # norms of what is stored, not of what was given
-    blocks = block_vectors(pooled[used], used, known, grid)
-    step = np.abs(blocks).max(keepdims=True)[0] / np.float32(127)
+    blocks = make_blocks(pooled[used], used, known, grid, np.asarray(embedding.affine, float))
+    step = np.abs(blocks.vectors).max(keepdims=True)[0] / np.float32(127)
     sections: dict[str, NDArray[Any]] = {
         "pooled": pooled_rows,
         "pooled_length": row_lengths(pooled_rows),
         "pooled_norm": coarse_norm(known, lattice_weights(grid, coarse.shape[:3], 2)).astype(np.float16),
         "coarse": np.ascontiguousarray(coarse),
         "coarse_norm": coarse_norm(known, lattice_weights(grid, coarse.shape[:3], 1)).astype(np.float16),
-        "blocks": np.rint(blocks / step).astype(np.int8),
+        "blocks": np.rint(blocks.vectors / step).astype(np.int8),
         "blocks_step": step,
-        "blocks_mm": block_points(used, grid, np.asarray(embedding.affine, float)).astype(np.float32),
+        "blocks_mm": blocks.points_mm.astype(np.float32),
         "body": np.packbits(body),
     }
     steps = quantise(rows[body], levels_of(fine_bits))
@@ -148,6 +150,7 @@ def save_embedding(
         affine=np.asarray(embedding.affine, float).tolist(),
         dim=rows.shape[-1],
         fine_bits=fine_bits,
+        alternate=blocks.alternate,
         content_sha256=digest_of(sections),
     )
     # one entry: safetensors writes several in any order, and equal embeddings shall give equal files
@@ -201,6 +204,7 @@ def read_header(path: Path) -> tuple[EmbeddingHeader, dict[str, tuple[Any, tuple
         raise EmbeddingError(
             f"{path}: no embedding, or damaged ({error}). Delete it and embed again."
         ) from error
-    if set(places) != set(_SECTIONS) or not right_types or size != 8 + length + end:
+    whole = set(places) == set(_SECTIONS) and right_types and size == 8 + length + end
+    if not whole or not 1 <= header.alternate <= places["blocks"][1][0]:
         raise EmbeddingError(f"{path}: cut short or damaged. Delete it and embed again.")
     return header, places, 8 + length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -22,16 +23,26 @@ class Lattice:
         grid: cells along z, y, x.
         weights: per axis (cells, coarse cells), what each coarse cell contributes to a cell: trilinear
             interpolation with ``align_corners=False``.
-        inverse_norm: (cells,) one over the length of the interpolated coarse vector.
+        norm: (cells,) lengths of the interpolated coarse vectors, float16 or float32.
         outside: bool (cells,), True off the body; None if all cells count.
         dot: fine similarities of some cells (flat indices, or None for all) to a vector (C,).
     """
 
     grid: Triple
     weights: tuple[Array, Array, Array]
-    inverse_norm: Array
+    norm: Array
     outside: Array | None
     dot: Callable[[Array | None, Array], Array]
+
+    @functools.cached_property
+    def inverse_norm(self) -> Array:
+        """(cells,) float32, one over ``norm``; whoever needs a few asks :meth:`inverse_norm_at`."""
+        return self.inverse_norm_at(slice(None))
+
+    def inverse_norm_at(self, cells: Array | slice) -> Array:
+        """``inverse_norm`` at some cells (flat indices)."""
+        inverse: Array = 1 / np.maximum(self.norm[cells].astype(np.float32), np.float32(1e-6))
+        return inverse
 
     def coarse_similarity(self, similarity: Array) -> Array:
         """Similarities on the coarse grid (z, y, x), interpolated and re-normalised: (cells,), -3 off the body.
@@ -68,7 +79,7 @@ def make_lattice(
     weights = lattice_weights(fine_grid, coarse.shape[:3], pooling)
     grid: Triple = (len(weights[0]), len(weights[1]), len(weights[2]))
     norm = coarse_norm(coarse, weights) if norm is None else norm
-    return Lattice(grid, weights, 1 / np.maximum(norm, 1e-6).astype(np.float32), outside, dot)
+    return Lattice(grid, weights, norm, outside, dot)
 
 
 def lattice_weights(

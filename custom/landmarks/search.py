@@ -99,7 +99,7 @@ def similarities(target: EmbeddingMap, flat: Array, vector: Array, coarse_simila
     """
     cells = np.unravel_index(flat, target.grid)
     lattice = target.fine_lattice
-    coarse = interpolate_at(coarse_similarity, lattice.weights, cells) * lattice.inverse_norm[flat]
+    coarse = interpolate_at(coarse_similarity, lattice.weights, cells) * lattice.inverse_norm_at(flat)
     return 0.5 * (lattice.dot(flat, vector) + coarse)
 
 

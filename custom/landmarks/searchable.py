@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from custom.landmarks.blocks import Blocks, block_points, block_vectors
+from custom.landmarks.blocks import Blocks, make_blocks
 from custom.landmarks.lattice import (
     Lattice,
     axis_weights,
@@ -35,6 +35,8 @@ class EmbeddingMap(Protocol):
     def grid(self) -> Triple: ...
     @property
     def coarse(self) -> Array: ...  # (z, y, x, C) float32
+    @property
+    def coarse_stored(self) -> Array: ...  # the same, perhaps in float16: for whoever reads a few
     @property
     def body(self) -> Array | None: ...  # bool (z, y, x) of fine cells
     @property
@@ -62,6 +64,7 @@ class DenseMap:
         self._fine, self._coarse = fine, coarse
         self.grid: Triple = (int(fine.shape[1]), int(fine.shape[2]), int(fine.shape[3]))
         self.coarse: Array = np.ascontiguousarray(coarse.permute(1, 2, 3, 0).numpy())
+        self.coarse_stored = self.coarse
         rows = np.ascontiguousarray(fine.permute(1, 2, 3, 0).numpy()).reshape(-1, fine.shape[0])
         self._rows = rows
         pooled, _ = pool(rows.reshape(*self.grid, -1), None)
@@ -73,8 +76,7 @@ class DenseMap:
     def blocks(self) -> Blocks:
         """See :class:`Blocks`."""
         used = np.ones(self.pooled_lattice.grid, bool)
-        vectors = block_vectors(self._pooled_rows, used, self.coarse, self.grid)
-        return Blocks(vectors, block_points(used, self.grid, self.affine))
+        return make_blocks(self._pooled_rows, used, self.coarse, self.grid, self.affine)
 
     def fine_vectors(self, cells_zyx: Array) -> Array:
         """(N, C) of cells (N, 3)."""
@@ -106,9 +108,10 @@ def prepare_pair(embedding_q: Searchable, embedding_k: Searchable) -> tuple[Embe
         ValueError: if different networks made them, so that they do not compare.
     """
     map_q, map_k = prepare(embedding_q), prepare(embedding_k)
-    if map_q.coarse.shape[-1] != map_k.coarse.shape[-1]:
+    dims = [map_.coarse_stored.shape[-1] for map_ in (map_q, map_k)]
+    if dims[0] != dims[1]:
         raise ValueError(
-            f"Embeddings of {map_q.coarse.shape[-1]} and {map_k.coarse.shape[-1]} numbers do not compare: "
+            f"Embeddings of {dims[0]} and {dims[1]} numbers do not compare: "
             "embed both scans with the same network."
         )
     known = {map_.weights_sha256 for map_ in (map_q, map_k)} - {None}
@@ -142,6 +145,9 @@ def query_cells(points_mm: Array, source: EmbeddingMap) -> tuple[Array, Array]:
 
 def coarse_vectors(source: EmbeddingMap, cells_zyx: Array) -> Array:
     """Coarse vectors at fine cells (N, C), from their eight corners and of length 1 again."""
-    axes = [axis_weights(np.arange(n), n, m) for n, m in zip(source.grid, source.coarse.shape, strict=False)]
-    vectors = interpolate_at(source.coarse, (axes[0], axes[1], axes[2]), tuple(cells_zyx.T))
+    axes = [
+        axis_weights(np.arange(n), n, m)
+        for n, m in zip(source.grid, source.coarse_stored.shape, strict=False)
+    ]
+    vectors = interpolate_at(source.coarse_stored, (axes[0], axes[1], axes[2]), tuple(cells_zyx.T))
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

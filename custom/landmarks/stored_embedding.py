@@ -53,13 +53,18 @@ class StoredEmbedding:
     @functools.cached_property
     def coarse(self) -> NDArray[np.float32]:
         """(z, y, x, C)."""
-        return self._section("coarse").astype(np.float32)
+        return self.coarse_stored.astype(np.float32)
+
+    @property
+    def coarse_stored(self) -> NDArray[np.float16]:
+        """(z, y, x, C), read where it is used: as many millions as ``coarse``."""
+        return self._section("coarse")
 
     @functools.cached_property
     def fine_lattice(self) -> Lattice:
         """See :class:`Lattice`."""
-        norm = self._section("coarse_norm").astype(np.float32)
-        return make_lattice(self.coarse, self.grid, 1, ~self.body.reshape(-1), self._fine_dot, norm)
+        norm = self._section("coarse_norm")
+        return make_lattice(self.coarse_stored, self.grid, 1, ~self.body.reshape(-1), self._fine_dot, norm)
 
     @functools.cached_property
     def pooled_lattice(self) -> Lattice:
@@ -76,15 +81,15 @@ class StoredEmbedding:
             some = row_of_cell[index]
             return (rows[some].astype(np.float32) @ vector) / lengths[some]
 
-        norm = self._section("pooled_norm").astype(np.float32)
-        return make_lattice(self.coarse, self.grid, 2, ~used, dot, norm)
+        norm = self._section("pooled_norm")
+        return make_lattice(self.coarse_stored, self.grid, 2, ~used, dot, norm)
 
     @property
     def blocks(self) -> Blocks:
         """See :class:`Blocks`; read anew each time."""
         vectors = self._section("blocks").astype(np.float32)
         vectors *= self._section("blocks_step")
-        return Blocks(vectors, self._section("blocks_mm").astype(float))
+        return Blocks(vectors, self._section("blocks_mm").astype(float), self.header.alternate)
 
     def fine_vectors(self, cells_zyx: NDArray[np.int_]) -> NDArray[np.float32]:
         """(N, C), of length 1, of cells (N, 3) in the body."""
@@ -120,7 +125,9 @@ class StoredEmbedding:
 
     @functools.cached_property
     def _row_of_cell(self) -> NDArray[np.int32]:
-        return (np.cumsum(self.body.reshape(-1), dtype=np.int32) - 1).astype(np.int32)
+        rows: NDArray[np.int32] = np.cumsum(self.body.reshape(-1), dtype=np.int32)
+        rows -= 1
+        return rows
 
     def _fine_steps(self, flat: NDArray[np.int_]) -> NDArray[np.float32]:
         """Fine vectors of some cells of the body, not of length 1 yet."""
