@@ -1,5 +1,6 @@
 """The two segmentation bundles: twins, stock MONAI, from data to weights to labels on the scan's own grid."""
 
+import gzip
 import json
 import os
 import re
@@ -457,6 +458,19 @@ def test_an_encoder_that_does_not_fit_is_refused_by_name(tmp_path, cohort, fault
         parser.get_parsed_content("network")
 
 
+def test_an_encoder_of_other_heads_is_refused(tmp_path, cohort):
+    # heads share one matrix, so that shapes do not tell how many there are
+    vit = MaskedViT(1, [32, 32, 16], 16, hidden_size=48, mlp_dim=96, num_layers=12, num_heads=6)
+    for heads, said in ((6, "does not fit the encoder: num_heads is 6, not 4."), (4, None)):
+        told = {"alice": json.dumps({"network": {"num_heads": heads}})}
+        save_file(vit.state_dict(), tmp_path / "e.safetensors", told)
+        parser = parser_of(
+            "train", **TINY, pretrained=str(tmp_path / "e.safetensors"), dataset_dir=str(cohort)
+        )
+        problems = [p for p in parser.get_parsed_content("problems") if p]
+        assert not problems if said is None else said in problems[0]
+
+
 def test_an_encoder_is_resized_to_the_crops_of_fine_tuning():
     vit = MaskedViT(1, [64, 32, 32], 16, hidden_size=48, mlp_dim=96, num_layers=12, num_heads=4)
     resized = resize_encoder(vit, vit.settings, [32, 32, 16])
@@ -673,6 +687,38 @@ def test_damaged_weights_are_named_before_anything_is_written(cohort, tmp_path, 
                 "inference", dataset_dir=str(cohort), output_dir=str(tmp_path / "run"), checkpoint=str(path)
             )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("suffix, kept", [(".nii.gz", 0.6), (".nii.gz", -1), (".nii", 0.9), (".nii.gz", 0)])
+def test_scans_cut_short_are_named_before_anything_is_written(cohort, tmp_path, suffix, kept):
+    for kind, name in (("images", "{}_0000"), ("labels", "{}")):
+        for number in range(1, 7):
+            case = name.format(f"case_{number:02d}")
+            to = tmp_path / "data" / kind / f"{case}{suffix}"
+            to.parent.mkdir(parents=True, exist_ok=True)
+            nib.save(nib.load(cohort / kind / f"{case}.nii.gz"), to)
+    settings = {"dataset_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "run"), **TINY}
+    assert not any(parser_of("train", **settings).get_parsed_content("problems"))
+    for cut in (f"case_02_0000{suffix}", f"case_03{suffix}"):
+        path = next((tmp_path / "data").glob(f"*/{cut}"))
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(len(whole) * kept) if isinstance(kept, float) else kept])
+    with pytest.raises(SystemExit, match=rf"dataset_dir: cut short, copy again: \S*case_02_0000{suffix}\.$"):
+        bundle_run("inference", **settings)  # it reads images only
+    with pytest.raises(SystemExit, match=rf"cut short.*case_02_0000{suffix}") as refused:
+        bundle_run("train", **settings)
+    assert f"case_03{suffix}" in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gz_of_several_members_is_whole(cohort, tmp_path):
+    packed = (cohort / "images" / "case_01_0000.nii.gz").read_bytes()
+    voxels = gzip.decompress(packed)
+    (tmp_path / "a.nii.gz").write_bytes(
+        gzip.compress(voxels[:5000]) + gzip.compress(voxels[5000:]) + gzip.compress(b"")
+    )
+    assert nib.load(tmp_path / "a.nii.gz").get_fdata().shape == SHAPE
+    assert not parser_of("inference").get_parsed_content("ends_early")(str(tmp_path / "a.nii.gz"))
 
 
 def test_flips_and_ensembles_average_probabilities(trained):
