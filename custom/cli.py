@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from custom.preflight import plain_message
+from custom.processes import default_workers
 
 if TYPE_CHECKING:
     from custom.alice.run_folder import Run
@@ -65,7 +66,7 @@ def scan(
     patient_pattern: str | None = None,
     hash_ids: bool = True,
     salt: str | None = None,
-    workers: int = 4,
+    workers: int | None = None,
 ) -> None:
     """Say what is in a folder: which scans can be used, which cannot and why; resumable. Exit code 0, 3 or 4 (1: it failed).
 
@@ -79,7 +80,7 @@ def scan(
         patient_pattern: regular expression on the path; its first group is the patient.
         hash_ids: write salted hashes instead of patients' identifiers.
         salt: of those hashes, to compare manifests.
-        workers: processes.
+        workers: processes; as many as there are cores, up to 4, by default.
     """
     from custom.data.manifest import exit_code, scan_folder, summary
 
@@ -92,7 +93,7 @@ def scan(
         patient_pattern=patient_pattern,
         hash_ids=hash_ids,
         salt=salt,
-        workers=workers,
+        workers=workers or default_workers(),
     )
     print(summary(made))
     if report:
@@ -107,7 +108,7 @@ def build(
     store: str | None = None,
     spacing: Sequence[float] = (1.5, 1.5, 2.0),
     bad_scans_allowed: int = 0,
-    workers: int = 4,
+    workers: int | None = None,
     patient_pattern: str | None = None,
     check: bool | str = False,
     o: str | None = None,
@@ -125,7 +126,7 @@ def build(
         store: folder to write.
         spacing: mm along x, y, z, as "[1.5,1.5,2.0]".
         bad_scans_allowed: unusable scans to skip.
-        workers: processes.
+        workers: processes; as many as there are cores, up to 4, by default.
         patient_pattern: regular expression on the path; its first group is the patient.
         check: decode every volume (afterwards) and compare checksums; alice build --check STORE builds nothing.
         o: the same as store.
@@ -162,7 +163,7 @@ def build(
             store,
             spacing,
             bad_scans_allowed,
-            workers,
+            workers or default_workers(),
             patient_pattern,
             check_disk=check_disk,
             **asked,
@@ -174,7 +175,7 @@ def build(
             str(part),
             spacing,
             bad_scans_allowed,
-            workers,
+            workers or default_workers(),
             patient_pattern,
             check_disk=check_disk,
             **asked,
@@ -666,6 +667,10 @@ def compare(
     print(made.markdown)
     for path in made.written:
         print(path)
+    if o and not images:
+        print(
+            "The page shows the worst cases with --images, --references, --predictions_a and --predictions_b."
+        )
 
 
 def picture(run: str, to: str = "picture.png") -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,6 +21,11 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes share the run, 1 when alone."""
     return dist.get_world_size() if _many() else 1
+
+
+def default_workers() -> int:
+    """Helper processes where nobody said how many: one a core of this machine, four at most (ours)."""
+    return min(4, os.cpu_count() or 1)
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

@@ -91,6 +91,18 @@ def test_a_folder_of_everything_is_told_apart(mixed):
     )
 
 
+def test_scans_taken_for_one_patients_are_told_with_the_way_out(tmp_path):
+    (tmp_path / "cohort").mkdir()
+    for phase in ("arterial", "venous"):
+        nib.save(
+            nib.Nifti1Image(good_volume(len(phase)), good_affine()), tmp_path / "cohort" / f"{phase}.nii.gz"
+        )
+    told = summary(scan(tmp_path, patient_pattern="(cohort)"))
+    assert "1 patient can be used" in told and "All 2 scans are taken for one patient's" in told
+    assert "--patient_pattern" in told
+    assert "--patient_pattern" not in summary(scan(tmp_path, patient_pattern="(arterial|venous)"))
+
+
 def test_a_record_says_what_the_scan_holds(mixed):
     record = by_path(scan(mixed))["p1/ct.nii.gz"]
     assert (

@@ -82,13 +82,15 @@ def test_a_point_without_an_answer_is_missed_and_infinitely_far(shifted):
 
 
 def test_figures_by_hand():
-    figures = Figures([np.array([1.0, 2.0, np.nan]), np.array([30.0])])
+    figures = Figures([np.array([1.0, 2.0, np.nan]), np.array([30.0]), np.array([9.0])])
     row = figures.row("sam", "error", "mean")
-    assert row["value"] == 11.0
-    assert (row["pairs"], row["points"]) == (2, 3)
+    assert row["value"] == 10.5
+    assert (row["pairs"], row["points"]) == (3, 4)
     assert row["low"] == 1.5
     assert row["high"] == 30.0
-    assert figures.row("sam", "error", "within 10 mm")["value"] == pytest.approx(2 / 3)
+    assert figures.row("sam", "error", "within 10 mm")["value"] == pytest.approx(3 / 4)
+    few = Figures(figures.by_pair[:2]).row("sam", "error", "mean")
+    assert few["value"] == 11.0 and np.isnan(few["low"]), "two pairs are an interval's ends, not an interval"
     assert Figures([np.array([1.0, np.inf])]).row("sam", "error", "P90")["value"] == np.inf
     assert np.isnan(Figures([]).row("sam", "error", "mean")["value"])
 

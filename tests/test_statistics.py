@@ -55,7 +55,7 @@ def test_training_seeds_widen_the_interval():
 
 
 def test_too_little_to_say_is_nan_and_equal_values_are_a_point():
-    for values in ([], [1.0], [math.nan, 2.0], np.full((2, 3), math.nan)):
+    for values in ([], [1.0], [math.nan, 2.0], [0.1, 0.3], np.full((2, 3), math.nan)):
         assert np.isnan(bootstrap_interval(values)).all()
     assert bootstrap_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
 

@@ -159,7 +159,13 @@ def summary(manifest: Manifest) -> str:
     lines = [str(manifest.folder)]
     for kind, found in sorted(manifest.counts().items()):
         lines.append(f"{kind:<8}" + "  ".join(f"{number} {status}" for status, number in found.items()))
-    lines.append(f"{len({record.patient for record in manifest.usable})} patients can be used")
+    patients = {record.patient for record in manifest.usable}
+    lines.append(f"{len(patients)} patient{'s' * (len(patients) != 1)} can be used")
+    if len(patients) == 1 and len(manifest.usable) > 1:
+        lines.append(
+            f"All {len(manifest.usable)} scans are taken for one patient's; pre-training pairs two patients. If they are of "
+            "several, say which part of the path tells: --patient_pattern '(PATIENT)', in alice scan and in alice build."
+        )
     if manifest.usable:
         lines.append(cost_of_build(manifest))
     for reason, records in manifest.by_reason().items():

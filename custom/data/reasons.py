@@ -142,7 +142,7 @@ class Fault(Exception):
     """
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
-        super().__init__(f"{reason.sentence} {detail}".strip())
+        super().__init__(f"{reason.sentence} ({detail})" if detail else reason.sentence)
         self.reason, self.detail = reason, detail
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+MIN_CASES = 3  # with two, an interval is but the two (ours)
+
 
 class Interval(NamedTuple):
     """Where the mean lies, at the level asked for; nan where there is too little to say."""
@@ -34,7 +36,7 @@ def bootstrap_interval(
         level: the interval's coverage, in (0, 1).
 
     Returns:
-        The interval; nan if there are fewer than two cases.
+        The interval; nan if there are fewer than three cases.
 
     Raises:
         ValueError: if a value is infinite, or ``level`` or ``draws`` is out of range.
@@ -47,7 +49,7 @@ def bootstrap_interval(
     known = ~np.isnan(table)
     table, known = (part[known.any(axis=1)][:, known.any(axis=0)] for part in (table, known))
     num_seeds, num_cases = table.shape
-    if num_cases < 2:
+    if num_cases < MIN_CASES:
         return Interval(math.nan, math.nan)
 
     # a draw is how often it takes each seed and each case

@@ -12,12 +12,12 @@ METRIC_NAMES = {"dsc": "DSC", "nsd": "NSD", "hd95": "HD95 in mm"}
 COLUMNS = ("organ", "pairs", "mean A", "mean B", "B - A", "95 % interval", "p", "p (Holm)", "counted")
 HOW = (
     "Paired by case. Intervals: bootstrap of the mean difference over cases (BCa), or over seeds and cases "
-    "where there are several seeds (percentile). p: Wilcoxon signed-rank test on cases, two-sided; Holm's "
+    "where there are several seeds (percentile); from few cases, ten say, they are too narrow, from two there is none. p: Wilcoxon signed-rank test on cases, two-sided; Holm's "
     "adjustment is over the organs. Overall: means of cases over the organs measured in both runs."
 )
 SUMMARY_HOW = (
     '"of" is the number of scores in the mean. An organ missed, spurious or of a failed case has DSC and NSD 0 in '
-    "the mean, and no finite HD95. Overall: means of cases over their organs. Intervals: bootstrap over cases (BCa)."
+    "the mean, and no finite HD95. Overall: means of cases over their organs. Intervals: bootstrap over cases (BCa), too narrow from few; from two there is none."
 )
 
 

@@ -73,7 +73,7 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     names = list(dict.fromkeys(row["aligner"] for row in rows))
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
-        text = "–" if math.isnan(row["value"]) else f"{row['value']:.3g}"
+        text = "–" if math.isnan(row["value"]) else f"{round(row['value'], 9):.3g}"
         if not math.isnan(row["low"]):
             text += f" [{row['low']:.3g}, {row['high']:.3g}]"
         lines.setdefault((row["measure"], row["statistic"]), {})[row["aligner"]] = text

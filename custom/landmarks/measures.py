@@ -20,6 +20,7 @@ Pair: TypeAlias = tuple[str, str]
 Row: TypeAlias = dict[str, Any]
 NEAR_MM = 10.0  # what counts as found (issue 3, and the DLT benchmark's CPM@10mm)
 _DRAWS = 1000
+_MIN_PAIRS = 3  # with two, an interval is but the two (ours)
 
 
 class Figures(NamedTuple):
@@ -28,7 +29,7 @@ class Figures(NamedTuple):
     by_pair: list[NDArray[np.float64]]
 
     def row(self, aligner: str, measure: str, statistic: str, seed: int = 0) -> Row:
-        """A statistic of all values, and its 95 % interval from pairs drawn with replacement."""
+        """A statistic of all values, and its 95 % interval from pairs drawn with replacement; nan for fewer than three."""
         compute = STATISTICS[statistic]
         known = [values[~np.isnan(values)] for values in self.by_pair]
         known = [values for values in known if len(values)]
@@ -41,7 +42,7 @@ class Figures(NamedTuple):
         }
         if known:
             row["value"] = float(compute(np.concatenate(known)))
-        if len(known) > 1:
+        if len(known) >= _MIN_PAIRS:
             rng = np.random.default_rng(seed)
             picks = rng.integers(len(known), size=(_DRAWS, len(known)))
             drawn = np.sort([compute(np.concatenate([known[i] for i in pick])) for pick in picks])

@@ -176,7 +176,7 @@ def _write(path: Path, state: Mapping[str, Tensor], content: Mapping[str, Any]) 
 
 def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
+        raise ValueError(f"{path}: no such file. Name SAM's weights; bundles/sam_landmarks/models has some.")
     if path.suffix != ".safetensors":
         raise ValueError(
             f"{path}: SAM's own weights are .safetensors. For the authors' SAM.pth: custom.transfer.official.load_sam."
