@@ -161,9 +161,10 @@ def summary(manifest: Manifest) -> str:
         lines.append(f"{kind:<8}" + "  ".join(f"{number} {status}" for status, number in found.items()))
     patients = {record.patient for record in manifest.usable}
     lines.append(f"{len(patients)} patient{'s' * (len(patients) != 1)} can be used")
-    if len(patients) == 1 and len(manifest.usable) > 1:
+    images = sum(record.kind == "image" for record in manifest.usable)
+    if len(patients) == 1 and images > 1:
         lines.append(
-            f"All {len(manifest.usable)} scans are taken for one patient's; pre-training pairs two patients. If they are of "
+            f"All {images} scans are taken for one patient's; pre-training pairs two patients. If they are of "
             "several, say which part of the path tells: --patient_pattern '(PATIENT)', in alice scan and in alice build."
         )
     if manifest.usable:
