@@ -93,7 +93,7 @@ def scan(
         patient_pattern=patient_pattern,
         hash_ids=hash_ids,
         salt=salt,
-        workers=workers or default_workers(),
+        workers=default_workers() if workers is None else workers,
     )
     print(summary(made))
     if report:
@@ -163,7 +163,7 @@ def build(
             store,
             spacing,
             bad_scans_allowed,
-            workers or default_workers(),
+            default_workers() if workers is None else workers,
             patient_pattern,
             check_disk=check_disk,
             **asked,
@@ -175,7 +175,7 @@ def build(
             str(part),
             spacing,
             bad_scans_allowed,
-            workers or default_workers(),
+            default_workers() if workers is None else workers,
             patient_pattern,
             check_disk=check_disk,
             **asked,

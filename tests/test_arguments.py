@@ -1,5 +1,9 @@
+import inspect
+import re
+
 import pytest
 
+from custom.cli import COMMANDS
 from custom.data.arguments import number, voxel_size, whole_number
 from custom.data.build import build_store
 from custom.data.chunked import StoreError
@@ -42,3 +46,13 @@ def test_a_store_where_a_file_lies_is_refused(tmp_path):
 def test_a_manifest_of_an_unknown_protocol_is_said_once():
     with pytest.raises(ManifestError, match=r"^nosuch://b/m.json: cannot be read.*copy the manifest\.$"):
         Manifest.load("nosuch://b/m.json")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_a_command_has_its_line_of_help(name):
+    command = COMMANDS[name]
+    said = inspect.getdoc(command) or ""
+    lines = said.partition("Args:\n")[2].split("\n\n")[0].splitlines()
+    told = {word for line in lines for word in re.match(r"\s*([\w, ]*)", line)[1].replace(",", " ").split()}
+    for option in inspect.signature(command).parameters:
+        assert option in told, f"alice {name} --{option}"
