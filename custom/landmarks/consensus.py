@@ -32,7 +32,7 @@ ANCHORS = (
 )
 CYCLE_MM = 24.0  # a match that comes back so far off counts half (one and a half blocks; ours)
 AGREE_MM = 20.0  # a match this near to the affine map supports it (ours)
-ABOUT, ABOUT_EVEN = 64, 96  # blocks about the one point that a map is for, and of the whole scan (ours)
+ABOUT, ABOUT_EVEN = 64, 128  # blocks about the one point that a map is for, and of the whole scan (ours)
 ABOUT_MM = 90.0  # and the standard deviation of their distance from it (ours)
 BEND_MM = 60.0  # over which the bending varies (ours)
 BEND_SIZE_MM, BEND_NOISE_MM = 20.0, 30.0  # how large it may be, and how far single matches scatter (ours)
@@ -80,9 +80,9 @@ def fit_pair_map(
     Args:
         blocks_q: of the scan that is asked.
         blocks_k: of the other.
-        about_mm: (3,), the one point of Q that the map is for: 64 anchors around it and 96 of the whole scan make it as
-            good there as three times as many evenly drawn. None is for all points.
-        anchors: evenly drawn blocks of Q to match; by default 512, or 96 about a point.
+        about_mm: (3,), the one point of Q that the map is for: 64 anchors around it and 128 of the whole scan make it as
+            good there as nearly three times as many evenly drawn. None is for all points.
+        anchors: evenly drawn blocks of Q to match; by default 512, or 128 about a point.
 
     Returns:
         The map; ask its ``support`` before trusting it: it counts evenly drawn anchors only.
