@@ -211,7 +211,7 @@ def _disk(made: Estimate, get: Any, store: str | Path, opened: VolumeStore | Non
             embedded,
             "GB",
             MODELLED,
-            "of the authors' network, half of each scan being body; ours takes a quarter",
+            "of the authors' network, half of each scan being body; ours takes two fifths",
         )
     kept = get("keep_checkpoints") + 1  # one more while the next is written
     made.add(

@@ -58,7 +58,7 @@ def test_rounding_errs_by_half_a_step_at_most():
 
 def test_what_is_stored_is_nearly_what_was_given(tmp_path):
     embedding = structured(noise=0.3)
-    saved = save_embedding(tmp_path / "a.sam", embedding, WEIGHTS, "s")
+    saved = save_embedding(tmp_path / "a.sam", embedding, WEIGHTS, "s", fine_bits=5)
     stored = StoredEmbedding(saved.path).decode()
     cosine = (stored.fine * embedding.fine).sum(0)
     assert saved.mean_cosine == pytest.approx(float(cosine.mean()), abs=1e-5)
@@ -75,12 +75,14 @@ def test_what_is_stored_is_nearly_what_was_given(tmp_path):
     assert eight.num_bytes > saved.num_bytes
 
 
-def test_matches_in_files_stay_within_half_a_cell_of_matches_in_float32(tmp_path):
-    scans = [structured(s, noise=0.25, dim=128) for s in ((0, 0, 0), (7.0, -5.0, 3.0))]
+@pytest.mark.parametrize("dim, bits", [(128, 5), (32, 8)])
+def test_matches_in_files_stay_within_half_a_cell_of_matches_in_float32(tmp_path, dim, bits):
+    scans = [structured(s, noise=0.25, dim=dim) for s in ((0, 0, 0), (7.0, -5.0, 3.0))]
     files = [
         StoredEmbedding(save_embedding(tmp_path / f"{i}.sam", e, WEIGHTS, "s").path)
         for i, e in enumerate(scans)
     ]
+    assert {file.header.fine_bits for file in files} == {bits}
     points = points_inside(300, margin=8)
     whole, stored = (match_points(points, *pair, refine=True).points_mm for pair in (scans, files))
     assert (np.linalg.norm(whole - stored, axis=1) <= 2.0).mean() >= 0.99

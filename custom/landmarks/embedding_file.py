@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from custom.landmarks.blocks import make_blocks
 from custom.landmarks.lattice import coarse_norm, lattice_weights, pool
-from custom.landmarks.packing import FINE_BITS, levels_of, pack, quantise, row_lengths
+from custom.landmarks.packing import default_bits, levels_of, pack, quantise, row_lengths
 from custom.landmarks.scan_grid import ScanEmbedding, Triple
 
 FORMAT = "alice-embedding-3"
@@ -85,7 +85,7 @@ def save_embedding(
     *,
     name: str | None = None,
     body: NDArray[np.bool_] | None = None,
-    fine_bits: int = FINE_BITS,
+    fine_bits: int | None = None,
 ) -> Saved:
     """Write a scan's embeddings, whole or not at all.
 
@@ -101,7 +101,7 @@ def save_embedding(
         source_sha256: of the scan.
         name: the scan's; the path's stem by default.
         body: bool (z, y, x) of fine cells; only these are stored and found. None for all.
-        fine_bits: 4 to 8.
+        fine_bits: 4 to 8; None takes :func:`custom.landmarks.packing.default_bits` of the embeddings' length.
 
     Returns:
         Size and rounding error.
@@ -113,6 +113,7 @@ def save_embedding(
     rows = np.ascontiguousarray(embedding.fine.detach().float().cpu().permute(1, 2, 3, 0).numpy())
     coarse = embedding.coarse.detach().float().cpu().permute(1, 2, 3, 0).numpy().astype(np.float16)
     grid: Triple = (rows.shape[0], rows.shape[1], rows.shape[2])
+    fine_bits = default_bits(rows.shape[-1]) if fine_bits is None else fine_bits
     if not 4 <= fine_bits <= 8:
         raise ValueError(f"fine_bits must be in 4 to 8, got {fine_bits}.")
     if body is None:

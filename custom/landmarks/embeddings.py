@@ -20,7 +20,7 @@ from custom.data.store import VolumeStore, sha256_of_file, write_text
 from custom.landmarks.embedding_file import FORMAT, EmbeddingError, Saved, save_embedding
 from custom.landmarks.embedding_folder import INDEX, embedding_path, read_folder_index
 from custom.landmarks.geometry import to_voxels
-from custom.landmarks.packing import FINE_BITS
+from custom.landmarks.packing import default_bits
 from custom.landmarks.sam import SAM, embed_scan
 from custom.landmarks.scan_grid import ScanEmbedding, cell_to_world, read_scan
 from custom.landmarks.stored_embedding import StoredEmbedding
@@ -37,7 +37,7 @@ def embed_store(
     *,
     names: Sequence[str] | None = None,
     threshold: float | None = None,
-    fine_bits: int = FINE_BITS,
+    fine_bits: int | None = None,
     slab: int = 32,
     overwrite: bool = False,
     progress: bool = True,
@@ -95,7 +95,7 @@ def embed_folder(
     out: str | Path,
     *,
     threshold: float | None = None,
-    fine_bits: int = FINE_BITS,
+    fine_bits: int | None = None,
     slab: int = 32,
     overwrite: bool = False,
     progress: bool = True,
@@ -146,7 +146,7 @@ def _embed_all(
     read: Callable[[str], tuple[Any, NDArray[np.float64]]],
     out: Path,
     threshold: float | None,
-    fine_bits: int,
+    fine_bits: int | None,
     slab: int,
     overwrite: bool,
     progress: bool,
@@ -198,7 +198,7 @@ def _embed_all(
 
 
 def _needs_embedding(
-    out: Path, name: str, weights: str, source: str, fine_bits: int, overwrite: bool
+    out: Path, name: str, weights: str, source: str, fine_bits: int | None, overwrite: bool
 ) -> bool:
     path = embedding_path(out, name)
     if not path.is_file():
@@ -210,7 +210,7 @@ def _needs_embedding(
             return True
         raise
     if header.weights_sha256 == weights and header.source_sha256 == source:
-        return header.fine_bits != fine_bits
+        return header.fine_bits != (fine_bits or default_bits(header.dim))
     if overwrite:
         return True
     what = "with other weights" if header.weights_sha256 != weights else "from a scan that has changed since"

@@ -7,9 +7,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Of 4, 5, 6 and 8 bits the fewest whose refined matches stay within 2 mm of float32's for 99 % of points
-# (benchmarks/matching.py). Entropy coding (zstd) gains nothing on top and costs ten times the search.
-FINE_BITS = 5
+# How many bits a number takes. The fewer numbers, the more each of them weighs: of the shipped network's 32 only 8 bits keep
+# refined single matches within 2 mm of float32's for 99 % of points (5: 88 %, 6: 94 %, 7: 98 %). Of 128 numbers 5 bits
+# are a compromise with the file's size (benchmarks/matching.py). Entropy coding (zstd) gains nothing on top and costs ten
+# times the search.
+FEW_NUMBERS = 64
+BITS_OF_FEW, BITS_OF_MANY = 8, 5
+
+
+def default_bits(dim: int) -> int:
+    """Bits a number of fine vectors of ``dim`` numbers."""
+    return BITS_OF_FEW if dim <= FEW_NUMBERS else BITS_OF_MANY
 
 
 def quantise(vectors: NDArray[np.float32], levels: int) -> NDArray[np.int8]:
@@ -24,8 +32,10 @@ def levels_of(bits: int) -> int:
 
 
 def pack(steps: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
-    """Numbers (N, C) of ``bits`` each, close together: four bits in halves of bytes, further ones as bit planes."""
+    """Numbers (N, C) of ``bits`` each, close together: four bits in halves of bytes, further ones as bit planes; 8 as they are."""
     raised = (steps.astype(np.int16) + levels_of(bits)).astype(np.uint8)
+    if bits == 8:
+        return raised
     half = -(-raised.shape[1] // 2)
     low = raised[:, :half] & 15
     low[:, : raised.shape[1] - half] |= (raised[:, half:] & 15) << 4
@@ -35,6 +45,8 @@ def pack(steps: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
 
 def unpack(packed: NDArray[np.uint8], bits: int, dim: int) -> NDArray[np.float32]:
     """What :func:`pack` packed, (N, C) as float32."""
+    if bits == 8:
+        return packed.astype(np.float32) - levels_of(bits)
     half, plane = -(-dim // 2), -(-dim // 8)
     raised = np.empty((len(packed), 2 * half), np.uint8)
     np.bitwise_and(packed[:, :half], 15, out=raised[:, :half])
