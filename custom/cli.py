@@ -80,7 +80,7 @@ def scan(
         patient_pattern: regular expression on the path; its first group is the patient.
         hash_ids: write salted hashes instead of patients' identifiers.
         salt: of those hashes, to compare manifests.
-        workers: processes; as many as there are cores, up to 4, by default.
+        workers: processes; by default as many as there are cores, at least 2, at most 4.
     """
     from custom.data.manifest import exit_code, scan_folder, summary
 
@@ -126,7 +126,7 @@ def build(
         store: folder to write.
         spacing: mm along x, y, z, as "[1.5,1.5,2.0]".
         bad_scans_allowed: unusable scans to skip.
-        workers: processes; as many as there are cores, up to 4, by default.
+        workers: processes; by default as many as there are cores, at least 2, at most 4.
         patient_pattern: regular expression on the path; its first group is the patient.
         check: decode every volume (afterwards) and compare checksums; alice build --check STORE builds nothing.
         o: the same as store.

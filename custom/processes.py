@@ -24,8 +24,12 @@ def world_size() -> int:
 
 
 def default_workers() -> int:
-    """Helper processes where nobody said how many: one a core of this machine, four at most (ours)."""
-    return min(4, os.cpu_count() or 1)
+    """Helper processes where nobody said how many: one a core that this process may use, two to four (ours).
+
+    Never one, which would be no helper: a reader that dies on a damaged file would end the command with it.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(2, min(4, cores))
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

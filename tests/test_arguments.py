@@ -52,7 +52,7 @@ def test_a_manifest_of_an_unknown_protocol_is_said_once():
 def test_every_option_of_a_command_has_its_line_of_help(name):
     command = COMMANDS[name]
     said = inspect.getdoc(command) or ""
-    lines = said.partition("Args:\n")[2].split("\n\n")[0].splitlines()
-    told = {word for line in lines for word in re.match(r"\s*([\w, ]*)", line)[1].replace(",", " ").split()}
+    lines = re.findall(r"(?m)^    ([\w, ]+):", said.partition("Args:\n")[2].split("\n\n")[0])
+    told = {name for line in lines for name in line.split(", ")}
     for option in inspect.signature(command).parameters:
         assert option in told, f"alice {name} --{option}"

@@ -28,7 +28,7 @@ from custom.evaluation.folds import few_shot, split_folds
 from custom.evaluation.rules import BTCV, BTCV_ORGANS, FLARE22, FLARE22_ORGANS
 from custom.json_configs import COPIED
 from custom.preflight import check_keys
-from custom.transfer.encoder_weights import WeightsError, resize_encoder
+from custom.transfer.encoder_weights import WeightsError, resize_encoder, save_encoder
 
 BUNDLES = {"alice_seg_flare": FLARE22_ORGANS, "alice_seg_btcv": BTCV_ORGANS}
 FLARE = REPO / "bundles" / "alice_seg_flare"
@@ -458,15 +458,14 @@ def test_an_encoder_that_does_not_fit_is_refused_by_name(tmp_path, cohort, fault
         parser.get_parsed_content("network")
 
 
-def test_an_encoder_of_other_heads_is_refused(tmp_path, cohort):
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_an_encoder_of_other_heads_is_refused(tmp_path, cohort, suffix):
     # heads share one matrix, so that shapes do not tell how many there are
-    vit = MaskedViT(1, [32, 32, 16], 16, hidden_size=48, mlp_dim=96, num_layers=12, num_heads=6)
+    path = tmp_path / f"e{suffix}"
     for heads, said in ((6, "does not fit the encoder: num_heads is 6, not 4."), (4, None)):
-        told = {"alice": json.dumps({"network": {"num_heads": heads}})}
-        save_file(vit.state_dict(), tmp_path / "e.safetensors", told)
-        parser = parser_of(
-            "train", **TINY, pretrained=str(tmp_path / "e.safetensors"), dataset_dir=str(cohort)
-        )
+        vit = MaskedViT(1, [32, 32, 16], 16, hidden_size=48, mlp_dim=96, num_layers=12, num_heads=heads)
+        save_encoder(path, vit, {"network": vit.settings})
+        parser = parser_of("train", **TINY, pretrained=str(path), dataset_dir=str(cohort))
         problems = [p for p in parser.get_parsed_content("problems") if p]
         assert not problems if said is None else said in problems[0]
 
@@ -689,36 +688,57 @@ def test_damaged_weights_are_named_before_anything_is_written(cohort, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("suffix, kept", [(".nii.gz", 0.6), (".nii.gz", -1), (".nii", 0.9), (".nii.gz", 0)])
-def test_scans_cut_short_are_named_before_anything_is_written(cohort, tmp_path, suffix, kept):
+@pytest.mark.parametrize("suffix, cut", [
+    (".nii.gz", lambda whole: whole[: int(len(whole) * 0.6)]),
+    (".nii.gz", lambda whole: whole[:-1]),
+    (".nii.gz", lambda whole: whole[:150]),
+    (".nii.gz", lambda whole: b""),
+    (".nii.gz", lambda whole: whole[:-2000] + bytes(2000)),  # room was made for it, and never filled
+    (".nii", lambda whole: whole[:-1]),
+    (".nii", lambda whole: whole[:200]),
+])  # fmt: skip
+def test_scans_cut_short_are_named_before_anything_is_written(cohort, tmp_path, suffix, cut):
     for kind, name in (("images", "{}_0000"), ("labels", "{}")):
         for number in range(1, 7):
             case = name.format(f"case_{number:02d}")
             to = tmp_path / "data" / kind / f"{case}{suffix}"
             to.parent.mkdir(parents=True, exist_ok=True)
-            nib.save(nib.load(cohort / kind / f"{case}.nii.gz"), to)
+            scan = nib.load(cohort / kind / f"{case}.nii.gz")
+            scan.header.extensions.append(
+                nib.nifti1.Nifti1Extension("comment", b"as some programs write " * 200)
+            )
+            nib.save(scan, to)
     settings = {"dataset_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "run"), **TINY}
     assert not any(parser_of("train", **settings).get_parsed_content("problems"))
-    for cut in (f"case_02_0000{suffix}", f"case_03{suffix}"):
-        path = next((tmp_path / "data").glob(f"*/{cut}"))
-        whole = path.read_bytes()
-        path.write_bytes(whole[: int(len(whole) * kept) if isinstance(kept, float) else kept])
-    with pytest.raises(SystemExit, match=rf"dataset_dir: cut short, copy again: \S*case_02_0000{suffix}\.$"):
+    for name in (f"case_02_0000{suffix}", f"case_03{suffix}"):
+        path = next((tmp_path / "data").glob(f"*/{name}"))
+        path.write_bytes(cut(path.read_bytes()))
+    told = r"dataset_dir: cut short or damaged, copy again: \S*"
+    with pytest.raises(SystemExit, match=rf"{told}case_02_0000{suffix}\.$"):
         bundle_run("inference", **settings)  # it reads images only
-    with pytest.raises(SystemExit, match=rf"cut short.*case_02_0000{suffix}") as refused:
+    with pytest.raises(SystemExit, match=rf"{told}case_0") as refused:
         bundle_run("train", **settings)
-    assert f"case_03{suffix}" in str(refused.value)
+    assert f"case_02_0000{suffix}" in str(refused.value) and f"case_03{suffix}" in str(refused.value)
     assert not (tmp_path / "run").exists()
+    for fold in range(5):  # an evaluation asks about what it reads
+        parser = parser_of("train", "inference", "evaluate", **settings, fold=fold)
+        held_back = {Path(record["image"]).name for record in parser.get_parsed_content("held_back")}
+        problems = " ".join(parser.get_parsed_content("problems"))
+        assert (f"case_02_0000{suffix}" in problems) == (f"case_02_0000{suffix}" in held_back)
 
 
-def test_a_gz_of_several_members_is_whole(cohort, tmp_path):
-    packed = (cohort / "images" / "case_01_0000.nii.gz").read_bytes()
-    voxels = gzip.decompress(packed)
-    (tmp_path / "a.nii.gz").write_bytes(
-        gzip.compress(voxels[:5000]) + gzip.compress(voxels[5000:]) + gzip.compress(b"")
-    )
-    assert nib.load(tmp_path / "a.nii.gz").get_fdata().shape == SHAPE
-    assert not parser_of("inference").get_parsed_content("ends_early")(str(tmp_path / "a.nii.gz"))
+def test_a_gz_of_several_members_and_a_tiny_one_are_whole(cohort, tmp_path):
+    damaged = parser_of("inference").get_parsed_content("damaged")
+    voxels = gzip.decompress((cohort / "images" / "case_01_0000.nii.gz").read_bytes())
+    members = [gzip.compress(part) for part in (voxels[:5000], voxels[5000:], b"")]
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(b"".join(members))
+    assert nib.load(path).get_fdata().shape == SHAPE and not damaged(str(path))
+    for cut in (members[0], members[0] + members[1][:-9]):
+        path.write_bytes(cut)
+        assert damaged(str(path))
+    nib.save(nib.Nifti1Image(np.zeros((8, 8, 8), np.uint8), np.eye(4)), path)
+    assert path.stat().st_size < 100 and not damaged(str(path))
 
 
 def test_flips_and_ensembles_average_probabilities(trained):

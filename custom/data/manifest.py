@@ -22,6 +22,7 @@ from custom.data.repeats import mark_duplicates, mark_leaks, mark_spread
 from custom.data.voxels import MOST_BYTES
 from custom.data.walk import walk
 from custom.data.work import examine, known_records, partial_of, shown
+from custom.processes import default_workers
 
 
 def exit_code(manifest: Manifest) -> int:
@@ -146,8 +147,9 @@ def _kept_salt(output: Path | None) -> str:
     return salt
 
 
-def cost_of_build(manifest: Manifest, workers: int = 4) -> str:
+def cost_of_build(manifest: Manifest, workers: int | None = None) -> str:
     """What ``alice build`` with its defaults will take, in a sentence."""
+    workers = default_workers() if workers is None else workers
     settings = {"spacing": list(SPACING), "crop_margin_mm": MARGIN_MM}
     needs = needs_of(manifest.scans(fetch=False), manifest.folder, settings, workers)
     voxel = " x ".join(f"{size:g}" for size in SPACING)

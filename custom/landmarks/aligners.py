@@ -20,7 +20,7 @@ from custom.landmarks.stored_embedding import StoredEmbedding
 logger = logging.getLogger(__name__)
 
 MIN_SUPPORT = (
-    0.12  # ours: scans of unlike regions reach 0.08, of like ones 0.2 and more; see the SAM bundle's docs
+    0.12  # ours: scans of unlike regions reach 0.09, of like ones 0.14 and more; see the SAM bundle's docs
 )
 
 

@@ -38,7 +38,7 @@ def alignment_page(
     page.section("Figures").table(
         headers,
         cells,
-        "Value and 95 % interval (pairs drawn with replacement). A point without an answer counts as an "
+        "Value and 95 % interval (pairs drawn with replacement; none from fewer than three). A point without an answer counts as an "
         "infinite error. Acceptance is by each aligner's own score.",
     )
     page.section("Matched points").text(

@@ -201,11 +201,18 @@ def read_header(path: Path) -> tuple[EmbeddingHeader, dict[str, tuple[Any, tuple
         }
         end = max(int(entry["data_offsets"][1]) for entry in table.values())
         right_types = all(entry["dtype"] == _SECTIONS.get(key) for key, entry in table.items())
-    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        right_types = right_types and 1 <= header.alternate <= table["blocks"]["shape"][0]
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        TypeError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+    ) as error:
         raise EmbeddingError(
             f"{path}: no embedding, or damaged ({error}). Delete it and embed again."
         ) from error
-    whole = set(places) == set(_SECTIONS) and right_types and size == 8 + length + end
-    if not whole or not 1 <= header.alternate <= places["blocks"][1][0]:
+    if set(places) != set(_SECTIONS) or not right_types or size != 8 + length + end:
         raise EmbeddingError(f"{path}: cut short or damaged. Delete it and embed again.")
     return header, places, 8 + length

@@ -52,8 +52,8 @@ def alignment_table(
         label_names: of label values.
 
     Returns:
-        Rows of aligner, measure, statistic, value, its 95 % interval (low, high: pairs drawn with replacement),
-        pairs and points. What was not answered counts as an infinite error.
+        Rows of aligner, measure, statistic, value, its 95 % interval (low, high: pairs drawn with replacement; nan from fewer than
+        three), pairs and points. What was not answered counts as an infinite error.
     """
     rows: list[Row] = []
     labelled = [pair for pair in pairs if all(store.has_label(name) for name in pair)]
