@@ -434,3 +434,11 @@ def test_every_network_pre_trains_exports_and_loads(scans, finished, tmp_path, c
             assert student.casa is not None and isinstance(student.predict_tokens, torch.nn.Identity)
             return
         load_encoder(NNFormer(**(settings | {"out_channels": 5})), tmp_path / "e.safetensors", verbose=False)
+
+
+@pytest.mark.parametrize("iterations, warmup", [(5, 2), (60, 10)])
+def test_a_trial_of_few_steps_has_a_warm_up_that_fits(iterations, warmup):
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / name) for name in ("train.yaml", "smoke.yaml")])
+    parser["iterations"] = iterations
+    assert parser.get_parsed_content("warmup") == warmup
