@@ -27,7 +27,7 @@ class Plan:
         labelled: how many patients are labelled.
         seeds: of pre-training, of fine-tuning, and of who is labelled.
         compare: pairs of arms, A and B.
-        drop_labels: label values that become background, in training and in the references.
+        drop_labels: label values that become background, in training and in the references, and are not scored.
     """
 
     folder: Path
@@ -44,6 +44,12 @@ class Plan:
         """In the order of the label's value: the task's, else the bundle's."""
         settings = ConfigParser.load_config_file(bundle_config(self.bundle, "train.yaml"))
         return list((settings | self._read("task.yaml"))["labels"])
+
+    @property
+    def scored(self) -> list[str]:
+        """The organs that are compared: all but those whose labels are dropped."""
+        kept = enumerate(self.organs, start=1)
+        return [organ for value, organ in kept if value not in self.drop_labels]
 
     @property
     def digest(self) -> str:

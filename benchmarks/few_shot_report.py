@@ -33,7 +33,7 @@ def rows_file(plan: Plan, arm: str, labelled: Labelled) -> Path:
 
 
 def take_rows(plan: Plan, work: Path) -> list[str]:
-    """Put the rows of all finished runs into the experiment's folder; the names of the runs that are missing."""
+    """Put the rows of all finished runs, of the organs that are scored, into the experiment's folder; the names of the runs that are missing."""
     missing = []
     merged: dict[tuple[str, Labelled], Rows] = {}
     for run in runs_of(plan):
@@ -41,7 +41,8 @@ def take_rows(plan: Plan, work: Path) -> list[str]:
             continue
         path = work / run.folder / "rows.csv"
         if path.is_file():
-            merged.setdefault((run.arm, run.labelled), []).extend(read_rows(path))
+            rows = [row for row in read_rows(path) if row["organ"] in plan.scored]
+            merged.setdefault((run.arm, run.labelled), []).extend(rows)
         else:
             missing.append(run.folder.as_posix())
     for (arm, labelled), rows in merged.items():

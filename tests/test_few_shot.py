@@ -208,6 +208,22 @@ def test_a_run_that_is_missing_is_named(reported, tmp_path):
     assert few_shot_report.take_rows(reported, tmp_path / "nothing")[0] == "runs/scratch/labelled-3/seed0"
 
 
+def test_what_is_dropped_is_not_scored(tmp_path):
+    plan = small_plan(tmp_path / "plan", labelled=[3], seeds=[0], drop_labels=[2, 9])
+    dropped = plan.organs[1]
+    for arm in plan.arms:
+        rows = [
+            {**row, "organ": organ}
+            for organ in plan.organs
+            for row in rows_of(0.1, (0,))
+            if row["label"] == 1
+        ]
+        write_rows(tmp_path / "work" / "runs" / arm / "labelled-3" / "seed0" / "rows.csv", rows)
+    assert few_shot_report.take_rows(plan, tmp_path / "work") == []
+    taken = few_shot_report.read_results(plan)["scratch", 3]
+    assert {row["organ"] for row in taken} == set(plan.organs) - {dropped}
+
+
 @pytest.mark.parametrize("folder", REPORTED, ids=lambda folder: folder.name)
 def test_the_committed_table_follows_from_the_committed_rows(folder):
     plan = few_shot_plan.read_plan(folder)

@@ -204,12 +204,15 @@ class VolumeStore:
     ) -> np.ndarray:
         shape = self._record(name).shape
         inner = [(max(s, 0), min(s + n, limit)) for s, n, limit in zip(start, size, shape, strict=True)]
+        if not all(a < b for a, b in inner):
+            return np.full(tuple(size), fill, dtype=dtype)
+        array = self._open(name, kind)
+        with self._named(name, kind):
+            found = array.read(tuple(a for a, _ in inner), tuple(b for _, b in inner))
+        if found.shape == tuple(size):
+            return found
         out = np.full(tuple(size), fill, dtype=dtype)
-        if all(a < b for a, b in inner):
-            place = tuple(slice(a - s, b - s) for (a, b), s in zip(inner, start, strict=True))
-            array = self._open(name, kind)
-            with self._named(name, kind):
-                out[place] = array.read(tuple(a for a, _ in inner), tuple(b for _, b in inner))
+        out[tuple(slice(a - s, b - s) for (a, b), s in zip(inner, start, strict=True))] = found
         return out
 
     def _body_voxels(self, name: str) -> np.ndarray:

@@ -37,7 +37,7 @@ ABOUT_MM = 90.0  # and the standard deviation of their distance from it (ours)
 BEND_MM = 60.0  # over which the bending varies (ours)
 BEND_SIZE_MM, BEND_NOISE_MM = 20.0, 30.0  # how large it may be, and how far single matches scatter (ours)
 NEAR_MM = 8.0  # how far from the map a point may well lie (standard deviation; ours)
-REACH_MM = 36.0  # and how far it is looked for
+REACH_MM = 24.0  # and how far it is looked for (ours; 36 answers the same)
 SHARPNESS = 0.03  # differences of similarity that count as much as one standard deviation of nearness (ours)
 
 
