@@ -266,11 +266,10 @@ def both_at(views: SAMMaps, cells: Tensor) -> Tensor:
     sizes = views.fine.shape[2:]
     count = sizes[0] * sizes[1] * sizes[2]
     view, cell = cells // count, cells % count
-    fine = unit_length(cells_of(views.fine)[view, cell])
+    fine = unit_length(_rows(views.fine, cells))
     # the corners of trilinear interpolation between the middles of coarse cells, as F.interpolate has them
     middles = (cell // (sizes[1] * sizes[2]), cell // sizes[2] % sizes[1], cell % sizes[2])
-    coarse = cells_of(views.coarse)
-    index, weight = cells.new_zeros(len(cells), 1), fine.new_ones(len(cells), 1)
+    index, weight = view[:, None], fine.new_ones(len(cells), 1)
     for middle, size, number in zip(middles, sizes, views.coarse.shape[2:], strict=True):
         at = ((middle + 0.5) * (number / size) - 0.5).clamp(0, number - 1)
         low = at.floor().long()
@@ -278,8 +277,17 @@ def both_at(views: SAMMaps, cells: Tensor) -> Tensor:
         share = torch.stack([1 - (at - low), at - low], dim=1).to(weight.dtype)
         index = (index[:, :, None] * number + corners[:, None]).flatten(1)
         weight = (weight[:, :, None] * share[:, None]).flatten(1)
-    context = (coarse[view[:, None], index] * weight[..., None]).sum(dim=1)
+    context = (_rows(views.coarse, index) * weight[..., None]).sum(dim=1)
     return torch.cat([fine, unit_length(context)], dim=1)
+
+
+def _rows(maps: Tensor, cells: Tensor) -> Tensor:
+    """Vectors (..., C) of some cells (...) of maps (B, C, z, y, x).
+
+    As an embedding, whose gradient is summed in one order; that of indexing is summed by several threads in any, and no run
+    could then be repeated to the bit.
+    """
+    return F.embedding(cells, cells_of(maps).flatten(0, 1))
 
 
 def _mean(parts: list[Tensor], maps: SAMMaps) -> Tensor:
