@@ -168,7 +168,7 @@ def test_bad_files_are_named_with_their_fault(tmp_path):
 def test_reading_refuses_what_is_no_stack(tmp_path):
     with pytest.raises(ScanError, match="No DICOM file"):
         read_series([])
-    with pytest.raises(ScanError, match=r"gap: Slices are missing from the series\. 1 slices"):
+    with pytest.raises(ScanError, match=r"gap: Slices are missing from the series\. \(1 slices\)"):
         read_series(write_series(tmp_path / "gap", lambda z: None if z == 9 else {}))
     broken = write_series(tmp_path / "broken")
     broken[4].write_bytes(broken[4].read_bytes()[:-9])

@@ -264,7 +264,7 @@ def test_published_layouts_are_paired(tmp_path, images, labels, cases):
         for pattern in (images, labels):
             path = tmp_path / pattern.format(case)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+            nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), path)
     bundle = REPO / "bundles" / ("alice_seg_btcv" if "img" in images else "alice_seg_flare")
     parser = parser_of("train", bundle=bundle, dataset_dir=str(tmp_path))
     assert not any(parser.get_parsed_content("problems"))

@@ -70,7 +70,7 @@ def list_scans(source: str | Path, patient_pattern: str | None = None) -> list[S
             raise ScanError(f"{source}: the datalist names no image.")
     else:
         raise ScanError(
-            f"{source}: no such folder or datalist. Name a folder of scans or a JSON (in a config: dataset_dir)."
+            f"{source}: no such folder or datalist. Set dataset_dir to a folder of scans or a JSON."
         )
     return _to_scans(source, records, patient_pattern)
 
