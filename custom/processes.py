@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+LET_GO_S = 1.0
 
 
 def _many() -> bool:
@@ -82,3 +85,18 @@ def wait_for_all() -> None:
     """A barrier."""
     if _many():
         dist.barrier()
+
+
+def leave() -> None:
+    """End the talk; the last call of a process that is about to exit.
+
+    Gloo's threads drop the tensors of an exchange only after they have reported it done, and need Python for it: one that
+    comes to it while Python is shutting down aborts the process (pytorch issue 190489), and torchrun then fails the whole
+    run. On a busy machine that happens; a second's sleep lets them finish first.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    gloo = "gloo" in dist.get_backend()
+    dist.destroy_process_group()
+    if gloo:
+        time.sleep(LET_GO_S)
