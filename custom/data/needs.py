@@ -17,8 +17,8 @@ from custom.data.scans import Scan
 
 SPACING = (1.5, 1.5, 2.0)  # mm of a store, unless another is asked for
 MARGIN_MM = 10.0  # of air kept around the body (ours)
-# Measured, see docs/data.md: bytes a voxel of the store (0.9 to 1.2 on real CT), and seconds of one core.
-BYTES_A_VOXEL = 1.0
+# Measured, see docs/data.md: bytes a voxel of the store (0.9 to 1.3 on real CT), and seconds of one core.
+BYTES_A_VOXEL = 1.1
 READ_SECONDS = 2.5e-8  # a voxel of the scan: unpacked and resampled
 WRITE_SECONDS = 2.0e-8  # a voxel of the store: compressed
 _PACKED = 0.45  # bytes of a .nii.gz, .nrrd or .mha a byte of its voxels, where no header was read
