@@ -245,7 +245,8 @@ def embed(
         written = embed_folder(network, digest, scans, out, threshold=threshold, overwrite=overwrite)
     for saved in written:
         print(
-            f"{saved.path}: {saved.num_bytes / 2**20:.1f} MiB, mean cosine to float32 {saved.mean_cosine:.5f}"
+            f"{saved.path}: {saved.num_bytes / 2**20:.1f} MiB, cosine to float32 {saved.mean_cosine:.5f} on average, "
+            f"{saved.lowest_cosine:.5f} at worst"
         )
     print(f"{out}: {len(written)} written.")
 
@@ -346,7 +347,9 @@ def check_alignment(
     from custom.landmarks import quality
     from custom.landmarks.aligners import Aligner, make_aligner
     from custom.landmarks.alignment_page import table_cells
+    from custom.landmarks.embedding_folder import EmbeddingFolder
     from custom.landmarks.truth import phantom_truth
+    from custom.landmarks.weights import read_sam_metadata
 
     volumes = VolumeStore(store)
     asked = dict.fromkeys([*(("sam", "sam_nearest") if embeddings else ()), *_words(aligners)])
@@ -359,6 +362,14 @@ def check_alignment(
 
     chosen = made(volumes, embeddings)
     more = []
+    if (
+        warps
+        and embeddings
+        and read_sam_metadata(weights)["sha256"] != EmbeddingFolder(embeddings).weights_sha256
+    ):
+        raise ValueError(
+            f"{embeddings}: made with other weights than {weights}, which would embed the deformed scans: give --weights."
+        )
     if warps:
         deformed = (volumes.names if names is None else names)[:warps]
         more = quality.warp_rows(

@@ -169,6 +169,10 @@ def test_scans_without_common_anatomy_are_refused_whatever_their_scores(store, e
     aligner = SamAligner(store, embeddings, -0.5, min_support=1.01)
     matches = aligner.match("case0", body_point(store, "case0")[None], "case1")
     assert matches.scores[0] == -1
+    for strict, refused in ((1.01, True), (0.0, False)):
+        nearest = SamAligner(store, embeddings, -0.5, consensus=False, min_support=strict)
+        match = nearest.align("case0", body_point(store, "case0"), "case1", np.random.default_rng(0))
+        assert (match.score == -1) == refused and np.isfinite(match.point_mm).all()
 
 
 @pytest.mark.slow  # ITK takes most of a minute to load on a busy machine

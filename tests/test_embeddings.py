@@ -12,10 +12,11 @@ from test_aligners import CentredWaves
 from test_matching import points_inside, structured
 
 from custom.data.store import VolumeStore
+from custom.landmarks.body_cells import body_cells
 from custom.landmarks.consensus import match_near
 from custom.landmarks.embedding_file import EmbeddingError, save_embedding
 from custom.landmarks.embedding_folder import EmbeddingFolder, embedding_path
-from custom.landmarks.embeddings import body_cells, embed_folder, embed_store
+from custom.landmarks.embeddings import embed_folder, embed_store
 from custom.landmarks.matching import match_points
 from custom.landmarks.packing import levels_of, pack, quantise, unpack
 from custom.landmarks.sam import embed_scan
@@ -173,6 +174,10 @@ def test_a_threshold_calibrated_for_a_folder_outlives_embedding_more_scans(model
     EmbeddingFolder(tmp_path).keep_threshold(0.8)
     embed_store(model, WEIGHTS, store, tmp_path, names=store.names[:2], threshold=0.9, progress=False)
     assert EmbeddingFolder(tmp_path).threshold == 0.8
+    embed_store(
+        model, WEIGHTS, store, tmp_path, names=store.names[:1], threshold=0.9, overwrite=True, progress=False
+    )
+    assert EmbeddingFolder(tmp_path).threshold == 0.8  # the same weights: what was calibrated for them holds
     embed_store(
         model, "b" * 64, store, tmp_path, names=store.names[:1], threshold=0.7, overwrite=True, progress=False
     )

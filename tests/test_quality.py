@@ -7,6 +7,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from conftest import REPO
 
 from custom import cli
 from custom.data.build import build_store
@@ -19,7 +21,11 @@ from custom.landmarks.known_warp import WARPED, deform, draw_warp, write_warped
 from custom.landmarks.label_transfer import distance_to_structure, label_transfer, structure_centroid_error
 from custom.landmarks.measures import Figures, ask, errors_mm, known_warp, landmark_error, phantom_error
 from custom.landmarks.quality import alignment_table, check_alignment, draw_pairs
+from custom.landmarks.sam import SAM
 from custom.landmarks.truth import phantom_truth, read_landmarks
+from custom.landmarks.weights import save_sam
+
+SHIPPED = REPO / "bundles" / "sam_landmarks" / "models" / "model.safetensors"
 
 
 class Shift:
@@ -222,6 +228,31 @@ def test_the_command_takes_lists_as_text_and_deforms_scans(store, tmp_path, caps
         'coordinate,"known warp, error, mm",mean' in table and 'random,"known warp, error, mm",P90' in table
     )
     assert VolumeStore(tmp_path / "warped").names == ["case0", "case0~warped"]
+
+
+def test_what_few_scans_have_is_measured_on_pairs_of_those(store, tmp_path):
+    """Of 30 pairs one is drawn, and two of six scans are marked."""
+    csv = tmp_path / "marks.csv"
+    lines = [f"{name},carina,{10.0 + i},0,0" for i, name in enumerate(("case1", "case4"))]
+    csv.write_text("\n".join(["scan,landmark,x,y,z", *lines]))
+    aligners = {"shift": Shift()}
+    rows = check_alignment(store, aligners, tmp_path / "out", pairs=1, points=2, pictures=0, landmark_csv=csv)
+    (mean,) = [r for r in rows if r["measure"] == "landmark error, mm" and r["statistic"] == "mean"]
+    assert np.isfinite(mean["value"]) and mean["pairs"] == 1
+    csv.write_text("\n".join(["scan,landmark,x,y,z", lines[0]]))
+    with pytest.raises(ValueError, match="marks case1 of .*two patients"):
+        check_alignment(store, aligners, tmp_path / "out", pairs=1, landmark_csv=csv)
+
+
+def test_deformed_scans_are_embedded_with_the_weights_of_the_others(store, tmp_path):
+    torch.manual_seed(0)
+    save_sam(tmp_path / "mine.safetensors", SAM(4, 8).eval(), {})
+    cli.embed(str(store.path), str(tmp_path / "embedded"), weights=str(tmp_path / "mine.safetensors"))
+    with pytest.raises(ValueError, match="other weights.*--weights"):
+        cli.check_alignment(
+            str(store.path), str(tmp_path / "out"), str(tmp_path / "embedded"), warps=1, weights=str(SHIPPED)
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_pairs_are_of_different_patients(store):

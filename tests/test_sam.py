@@ -8,8 +8,10 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from custom.landmarks.matching import match_points
 from custom.landmarks.sam import SAM, embed_scan
 from custom.landmarks.scan_grid import cell_to_world, hu_to_units, read_scan, to_grid, world_to_cell
+from custom.landmarks.weights import load_sam_weights, save_sam
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +256,52 @@ def test_what_is_no_ct_is_refused_by_its_file_and_spoken_of_in_memory(tmp_path, 
         read_scan(tmp_path / "mr.nii.gz")
     read_scan((mr, np.eye(4)))
     assert "without air" in caplog.text
+
+
+def test_an_embedding_in_memory_knows_its_body_and_its_weights(tmp_path):
+    """A point in the air, and a scan embedded with other weights, are refused as they are of files."""
+    ball = np.linalg.norm(np.indices((48, 48, 48)) - 24, axis=0) < 14
+    volume = np.where(ball, 40.0, -1000.0).astype(np.float32)
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    embeddings = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        save_sam(tmp_path / f"{seed}.safetensors", SAM(4, 8).eval(), {})
+        network = load_sam_weights(tmp_path / f"{seed}.safetensors")
+        embeddings.append(embed_scan(network, (volume, affine)))
+    here = embeddings[0]
+    found = match_points([[48.0, 48.0, 48.0], [6.0, 6.0, 6.0]], here, here)
+    assert found.scores[0] > 0.99 and found.scores[1] == -1 and np.isnan(found.points_mm[1]).all()
+    with pytest.raises(ValueError, match="different weights"):
+        match_points([[48.0, 48.0, 48.0]], *embeddings)
+    network.train()
+    assert embed_scan(network.eval(), (volume, affine)).weights_sha256 is None, "it may have been trained"
+
+
+@pytest.mark.parametrize(
+    "affine, reason",
+    [
+        (np.diag([2.0, 2.0, 60.0, 1.0]), "spacing"),
+        (np.diag([2.0, 2.0, 2.0, 1.0]) + 0.8 * np.eye(4, k=1) * np.array([[1.0], [0], [0], [0]]), "shear"),
+    ],
+)
+def test_a_file_on_a_grid_that_no_patient_lies_in_is_refused(tmp_path, affine, reason):
+    volume = np.full((20, 20, 20), -1000, np.int16)
+    volume[5:15, 5:15, 5:15] = 40
+    nib.save(nib.Nifti1Image(volume, affine), tmp_path / "odd.nii.gz")
+    with pytest.raises(ValueError, match=rf"odd\.nii\.gz.*{reason}"):
+        read_scan(tmp_path / "odd.nii.gz")
+
+
+def test_a_tilted_scan_is_taken_with_a_warning(tmp_path, caplog):
+    volume = np.full((20, 20, 20), -1000, np.int16)
+    volume[5:15, 5:15, 5:15] = 40
+    turn = np.deg2rad(40)
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    affine[:2, :2] = 2 * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    nib.save(nib.Nifti1Image(volume, affine), tmp_path / "tilted.nii.gz")
+    read_scan(tmp_path / "tilted.nii.gz")
+    assert "tilted.nii.gz" in caplog.text and "upright" in caplog.text
 
 
 def test_scans_without_a_place_are_refused(tmp_path):

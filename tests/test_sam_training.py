@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from custom.data.build import build_store
 from custom.data.pairs import pair_loader
 from custom.data.phantom import find_canonical, make_phantom, write_cohort
 from custom.landmarks.contrast import Memory, SAMLoss, both_at, cells_of, hardest, info_nce
+from custom.landmarks.embedding_folder import EmbeddingFolder
 from custom.landmarks.geometry import to_world
 from custom.landmarks.look import CURVE_HU, Look, rotation_matrix, see
 from custom.landmarks.places import PhantomPlaces, phantom_places
@@ -551,6 +553,24 @@ def test_the_yaml_runs_saves_and_goes_on(two_mm, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5]
+
+
+def test_a_folder_is_embedded_and_aligners_are_compared_from_their_yaml(scans, tmp_path):
+    torch.manual_seed(0)
+    save_sam(tmp_path / "w.safetensors", SAM(4, 8).eval(), {"threshold": 0.5})
+    shared = {"dataset_dir": scans, "weights": tmp_path / "w.safetensors", "bundle_root": CONFIGS.parent}
+    done = bundle_run(tmp_path, "inference.yaml", output_dir=tmp_path / "embedded", **shared)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(EmbeddingFolder(tmp_path / "embedded").names) == 6
+    assert EmbeddingFolder(tmp_path / "embedded").threshold == 0.5
+    assert re.search(r"case0\.sam: .* MiB, cosine to float32 0\.99", done.stderr + done.stdout)
+    few = {"pairs": 1, "points": 2, "pictures": 1, "warps": 1, "workers": 0, "spacing": "[4.0,4.0,4.0]"}
+    done = bundle_run(tmp_path, "evaluate.yaml", output_dir=tmp_path / "report", **shared, **few)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = (tmp_path / "report" / "table.csv").read_text()
+    for aligner in ("sam", "sam_nearest", "coordinate", "random"):
+        assert f"\n{aligner},accepted,mean" in table and f'\n{aligner},"known warp, error, mm",P90' in table
+    assert (tmp_path / "report" / "index.html").is_file()
 
 
 def test_a_run_asked_to_leave_keeps_its_step_and_no_finished_weights_and_refuses_other_settings(

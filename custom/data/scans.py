@@ -172,11 +172,12 @@ def stem(path: Path) -> str:
     return path.stem
 
 
-def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_volume(path: Path, any_grid: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Voxels and affine of a scan, whatever is wrong with the file said in one line.
 
     Args:
         path: NIfTI, NRRD or MetaImage; read as ``alice scan`` reads it, checksums and promised sizes included.
+        any_grid: see :func:`custom.data.intake.open_scan`.
 
     Returns:
         Array (X, Y, Z) as stored (float32, if the header scales), and the voxel-to-world affine (4, 4) in RAS mm.
@@ -188,7 +189,7 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         raise ScanError(f"{path}: no such file.")
     try:
-        voxels = open_scan(path, any_grid=True)
+        voxels = open_scan(path, any_grid=any_grid)
     except Fault as fault:
         raise ScanError(f"{path}: {_plainly(fault)}") from fault
     volume, affine = voxels.scaled(voxels.raw), voxels.affine

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from custom.landmarks.consensus import PairMap, fit_pair_map, match_near
+from custom.landmarks.consensus import ABOUT_EVEN, PairMap, fit_pair_map, match_near
 from custom.landmarks.embedding_folder import EmbeddingFolder
 from custom.landmarks.geometry import to_voxels, to_world
 from custom.landmarks.matching import Matches, match_points
@@ -208,8 +208,9 @@ class SamAligner:
     """The point whose embedding is most alike (SAM; spec 2.4), from embeddings made beforehand.
 
     With ``consensus`` the scans' matches first agree on one smooth map, and a point is looked for near where that takes
-    it; a pair of scans whose matches do not agree has no common anatomy, and is refused. Safe to use from many
-    workers: files are opened per process.
+    it; without, every point for itself. Either way a pair of scans whose matches do not agree has no common anatomy, and
+    is refused: single scores do not tell (strangers reach 0.85). Safe to use from many workers: files are opened per
+    process.
 
     Args:
         scans: whose embeddings these are.
@@ -253,7 +254,7 @@ class SamAligner:
         self._open()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("pair_map", "blocks")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("pair_map", "support", "blocks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -282,7 +283,8 @@ class SamAligner:
         """Many points (N, 3) at once; every match is given with its score, however low."""
         query, key = self.embeddings[scan_q], self.embeddings[scan_k]
         if not self.consensus:
-            return match_points(points_mm, query, key, method=self.method, refine=True)
+            found = match_points(points_mm, query, key, method=self.method, refine=True)
+            return found if self.support(scan_q, scan_k) >= self.min_support else _refused(found)
         return self._match_by(self.pair_map(scan_q, scan_k), points_mm, query, key)
 
     def _match_one(self, scan_q: str, point_mm: np.ndarray, scan_k: str) -> Matches:
@@ -296,16 +298,23 @@ class SamAligner:
     ) -> Matches:
         points = np.atleast_2d(np.asarray(points_mm, dtype=float))
         matches = match_near(points, pair(points), query, key)
-        if pair.support < self.min_support:
-            return Matches(matches.points_mm, np.full(len(points), REFUSED))
-        return matches
+        return matches if pair.support >= self.min_support else _refused(matches)
 
     def _open(self) -> None:
         self.pair_map = functools.lru_cache(self.max_pairs)(self._fit)
+        self.support = functools.lru_cache(100 * self.max_pairs)(self._agree)
         self.blocks = functools.lru_cache(16)(lambda name: self.embeddings[name].blocks)
 
     def _fit(self, scan_q: str, scan_k: str) -> PairMap:
         return fit_pair_map(self.blocks(scan_q), self.blocks(scan_k))
+
+    def _agree(self, scan_q: str, scan_k: str) -> float:
+        """Share of a few matches that agree on an affine map; the same few as :meth:`align` fits one by."""
+        return fit_pair_map(self.blocks(scan_q), self.blocks(scan_k), anchors=ABOUT_EVEN).support
+
+
+def _refused(matches: Matches) -> Matches:
+    return Matches(matches.points_mm, np.full(len(matches.scores), REFUSED))
 
 
 class Calibration(NamedTuple):

@@ -69,16 +69,18 @@ class EmbeddingFolder:
                 f"{self.path}: made from intensities of profile {self.profile!r}, {store.path} holds {store.profile!r}. "
                 f"Embed the store's scans: alice embed {store.path} EMBEDDINGS"
             )
-        wrong = []
+        wrong, stale = [], False
         for name in names if names is not None else store.names:
             if not embedding_path(self.path, name).is_file():
                 wrong.append(f"{name} (missing)")
             elif self._open_file(name).header.source_sha256 != store.records[name].voxels_sha256:
                 wrong.append(f"{name} (made from other voxels)")
+                stale = True
         if wrong:
             raise EmbeddingError(
                 f"{self.path}: {len(wrong)} of {len(store)} scans of {store.path} have no embedding that fits: "
-                f"{', '.join(wrong[:3])}. Embed them again: alice embed {store.path} {self.path} --overwrite"
+                f"{', '.join(wrong[:3])}. Embed {'them again' if stale else 'the rest'}: alice embed {store.path} {self.path}"
+                f"{' --overwrite' if stale else ''}"
             )
 
     def keep_threshold(self, threshold: float) -> None:

@@ -9,24 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from custom.data.body import body_mask
 from custom.data.profiles import require_ct
 from custom.data.scans import Scan, list_scans
 from custom.data.store import VolumeStore, sha256_of_file, write_text
 from custom.landmarks.embedding_file import FORMAT, EmbeddingError, Saved, save_embedding
 from custom.landmarks.embedding_folder import INDEX, embedding_path, read_folder_index
-from custom.landmarks.geometry import to_voxels
 from custom.landmarks.packing import default_bits
 from custom.landmarks.sam import SAM, embed_scan
-from custom.landmarks.scan_grid import ScanEmbedding, cell_to_world, read_scan
+from custom.landmarks.scan_grid import read_scan
 from custom.landmarks.stored_embedding import StoredEmbedding
 
 logger = logging.getLogger(__name__)
-BODY_MARGIN = 2  # fine cells kept around the body, so that points of the skin have theirs (ours)
 
 
 def embed_store(
@@ -114,31 +110,6 @@ def embed_folder(
     )
 
 
-def body_cells(
-    volume_hu: NDArray[Any], affine: NDArray[np.float64], embedding: ScanEmbedding
-) -> NDArray[np.bool_] | None:
-    """Fine cells in or near the patient's body, bool (z, y, x); None where no body is found.
-
-    Args:
-        volume_hu: (X, Y, Z).
-        affine: of the volume, voxel to world mm.
-        embedding: of it.
-    """
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    mask, steps = body_mask(volume_hu, tuple(float(s) for s in spacing))
-    if not mask.any():
-        return None
-    grid = tuple(embedding.fine.shape[1:])
-    cells = np.indices(grid).reshape(3, -1).T
-    voxels = to_voxels(affine, cell_to_world(cells, embedding.affine, "fine"))
-    places = np.rint((voxels - np.array(steps) // 2) / np.array(steps)).astype(int)
-    places = np.clip(places, 0, np.array(mask.shape) - 1)
-    found = mask[tuple(places.T)].reshape(grid)
-    wider = torch.from_numpy(found).float()[None, None]
-    size = 2 * BODY_MARGIN + 1
-    return torch.nn.functional.max_pool3d(wider, size, 1, BODY_MARGIN)[0, 0].numpy().astype(bool)
-
-
 def _embed_all(
     model: SAM,
     weights_sha256: str,
@@ -152,20 +123,20 @@ def _embed_all(
     progress: bool,
     profile: str = "ct",
 ) -> list[Saved]:
-    if (out / INDEX).is_file() and not overwrite:
-        made = read_folder_index(out)
-        if made["weights_sha256"] != weights_sha256:
+    made = _index_to_keep(out, overwrite)
+    if made is not None:
+        if made["weights_sha256"] != weights_sha256 and not overwrite:
             raise EmbeddingError(
                 f"{out}: made with weights {made['weights_sha256'][:12]}, now {weights_sha256[:12]} are given, and "
                 "their embeddings do not compare. Choose another folder, or --overwrite."
             )
-        if made.get("profile", "ct") != profile:
+        if made.get("profile", "ct") != profile and not overwrite:
             raise EmbeddingError(
                 f"{out}: made from intensities of profile {made.get('profile', 'ct')!r}, now {profile!r} are given. "
                 "Choose another folder."
             )
-        kept = made.get("threshold")  # of these weights, maybe calibrated since they were saved
-        threshold = threshold if kept is None else kept
+        if made["weights_sha256"] == weights_sha256 and made.get("threshold") is not None:
+            threshold = made["threshold"]  # of these weights, maybe calibrated since they were saved
     todo = [
         name
         for name in sources
@@ -185,16 +156,36 @@ def _embed_all(
     for name in tqdm(todo, desc="embed", disable=not progress or not todo):
         volume, affine = read(name)
         embedding = embed_scan(model, (volume, affine), slab=slab)
-        body = body_cells(volume, affine, embedding)
-        if body is None:
+        if embedding.body is None:
             logger.warning("%s: no body found (nothing above -500 HU); all of the scan is embedded.", name)
-        path = embedding_path(out, name)
-        written.append(
-            save_embedding(
-                path, embedding, weights_sha256, sources[name], name=name, body=body, fine_bits=fine_bits
-            )
+        saved = save_embedding(
+            embedding_path(out, name),
+            embedding,
+            weights_sha256,
+            sources[name],
+            name=name,
+            body=embedding.body,
+            fine_bits=fine_bits,
         )
+        logger.info(
+            "%s: %.1f MiB, cosine to float32 %.5f on average, %.5f at worst",
+            saved.path,
+            saved.num_bytes / 2**20,
+            saved.mean_cosine,
+            saved.lowest_cosine,
+        )
+        written.append(saved)
     return written
+
+
+def _index_to_keep(out: Path, overwrite: bool) -> dict[str, Any] | None:
+    """What a folder says of itself; None for a new one, or one that nobody can read and that is to be overwritten."""
+    try:
+        return read_folder_index(out) if (out / INDEX).is_file() else None
+    except EmbeddingError:
+        if overwrite:
+            return None
+        raise
 
 
 def _needs_embedding(

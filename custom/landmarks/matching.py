@@ -51,7 +51,9 @@ def match_points(
 
     Returns:
         Points and scores. A point that lies outside Q's grid or body, or that is not finite, gets nan and
-        score -1: there is nothing to compare, so there is no answer.
+        score -1: there is nothing to compare, so there is no answer. Scans without common anatomy get answers, too, and
+        their scores may be high: ask :func:`cycle_error`, or the ``support`` of
+        :func:`custom.landmarks.consensus.fit_pair_map`, as the aligners do.
 
     Raises:
         ValueError: for an unknown method, points of another shape, or embeddings of different length.

@@ -38,6 +38,8 @@ def alignment_table(
     truth: Truth | None = None,
     landmarks: Mapping[str, Mapping[str, NDArray]] | None = None,
     label_names: Mapping[int, str] | None = None,
+    landmark_pairs: Sequence[Pair] | None = None,
+    labelled_pairs: Sequence[Pair] | None = None,
 ) -> list[Row]:
     """The same figures for every aligner.
 
@@ -50,13 +52,15 @@ def alignment_table(
         truth: true correspondence, if there is one.
         landmarks: see :func:`read_landmarks`.
         label_names: of label values.
+        landmark_pairs, labelled_pairs: for what only some scans have; by default those of ``pairs`` that have it.
 
     Returns:
         Rows of aligner, measure, statistic, value, its 95 % interval (low, high: pairs drawn with replacement; nan from fewer than
         three), pairs and points. What was not answered counts as an infinite error.
     """
     rows: list[Row] = []
-    labelled = [pair for pair in pairs if all(store.has_label(name) for name in pair)]
+    if labelled_pairs is None:
+        labelled_pairs = [pair for pair in pairs if all(store.has_label(name) for name in pair)]
     for name, aligner in aligners.items():
 
         def add(measure: str, figures: Figures, *statistics: str, of: str = name) -> None:
@@ -76,10 +80,14 @@ def alignment_table(
             )
         if landmarks:
             add(
-                "landmark error, mm", landmark_error(aligner, landmarks, pairs), "mean", "P90", "within 10 mm"
+                "landmark error, mm",
+                landmark_error(aligner, landmarks, pairs if landmark_pairs is None else landmark_pairs),
+                "mean",
+                "P90",
+                "within 10 mm",
             )
-        if labelled:
-            transfer = label_transfer(aligner, store, labelled, num_points, seed)
+        if labelled_pairs:
+            transfer = label_transfer(aligner, store, labelled_pairs, num_points, seed)
             for kind, by_value in zip(("in {}", "mm to {}", "centroid error, {}, mm"), transfer, strict=True):
                 whole = [values for figures in by_value.values() for values in figures.by_pair]
                 add(kind.format("same structure"), Figures(whole), "mean")
@@ -181,7 +189,7 @@ def check_alignment(
         The table's rows.
 
     Raises:
-        ValueError: if there are no pairs, or the landmarks cannot be read or name no scan of the store.
+        ValueError: if there are no pairs, or the landmarks cannot be read or name no pair of the store's scans.
     """
     out_dir = Path(out_dir)
     landmarks = read_landmarks(landmark_csv) if landmark_csv is not None else None
@@ -189,7 +197,23 @@ def check_alignment(
         raise ValueError(
             f"{landmark_csv}: none of its scans ({', '.join(list(landmarks)[:3])}) is in {store.path}."
         )
-    chosen = draw_pairs(store, pairs, seed, names) if isinstance(pairs, int) else list(pairs)
+    of_some: dict[str, list[Pair]] = {}
+    if isinstance(pairs, int):
+        chosen = draw_pairs(store, pairs, seed, names)
+        # what few scans have is asked of pairs among these few
+        offered = store.names if names is None else list(names)
+        labelled = [name for name in offered if store.has_label(name)]
+        if len({store.patient(name) for name in labelled}) > 1:
+            of_some["labelled_pairs"] = draw_pairs(store, pairs, seed, labelled)
+        if landmarks is not None:
+            marked = [name for name in offered if name in landmarks]
+            if len({store.patient(name) for name in marked}) < 2:
+                raise ValueError(
+                    f"{landmark_csv}: marks {', '.join(marked)} of {store.path}; a pair is two patients' scans."
+                )
+            of_some["landmark_pairs"] = draw_pairs(store, pairs, seed, marked)
+    else:
+        chosen = list(pairs)
     rows = alignment_table(
         aligners,
         store,
@@ -199,6 +223,7 @@ def check_alignment(
         truth=truth,
         landmarks=landmarks,
         label_names=label_names,
+        **of_some,
     )
     rows += more
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from custom.landmarks.body_cells import body_cells
 from custom.landmarks.scan_grid import (
     SPACING_MM,
     Scan,
@@ -95,6 +97,7 @@ class SAM(nn.Module):
 
     Attributes:
         settings: the arguments, for the file that carries the weights.
+        weights_sha256: of what was loaded, as embeddings made with it are marked; None once it is trained.
     """
 
     def __init__(self, width: int = 64, embedding_dim: int = EMBEDDING_DIM) -> None:
@@ -102,6 +105,7 @@ class SAM(nn.Module):
         if width < 1 or embedding_dim < 1:
             raise ValueError(f"width and embedding_dim must be positive, got {width} and {embedding_dim}.")
         self.settings = {"width": width, "embedding_dim": embedding_dim}
+        self.weights_sha256: str | None = None
         flat, cube = (1, 3, 3), (3, 3, 3)
         self.stem = ConvNorm(1, width, (3, 7, 7))
         self.layer1 = self._layer(width, width, flat, (1, 2, 2))
@@ -111,6 +115,12 @@ class SAM(nn.Module):
         self.fine_head = PyramidHead((width, 2 * width, 4 * width), embedding_dim)
         self.coarse_head = PyramidHead((8 * width,), embedding_dim)
         self.apply(_initialise)
+
+    def train(self, mode: bool = True) -> SAM:
+        """As of every module; what is trained is no longer what was loaded."""
+        if mode:
+            self.weights_sha256 = None
+        return super().train(mode)
 
     @staticmethod
     def _layer(in_dim: int, dim: int, kernel: Triple, stride: Triple) -> nn.Sequential:
@@ -208,18 +218,27 @@ def embed_scan(model: SAM, scan: Scan, *, spacing: float = SPACING_MM, slab: int
         slab: slices per slab, even; see :meth:`SAM.embed`.
 
     Returns:
-        The embeddings, on the model's device.
+        The embeddings, on the model's device, with the cells that hold body (all of them where no body is found)
+        and what is known of the weights.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the scan is not one 3D volume with an invertible affine, is too thin, or as
             :meth:`SAM.embed`.
     """
-    grid = to_grid(*read_scan(scan), spacing=spacing)
+    volume, affine = read_scan(scan)
+    grid = to_grid(volume, affine, spacing=spacing)
     x = hu_to_units(grid.volume).permute(2, 1, 0)[None, None]  # (1, 1, Z, Y, X)
     maps = model.embed(x, slab=slab)
     size_x, size_y, size_z = grid.volume.shape
-    return ScanEmbedding(maps.fine[0], maps.coarse[0], grid.affine, (size_x, size_y, size_z))
+    embedding = ScanEmbedding(
+        maps.fine[0],
+        maps.coarse[0],
+        grid.affine,
+        (size_x, size_y, size_z),
+        weights_sha256=getattr(model, "weights_sha256", None),
+    )
+    return replace(embedding, body=body_cells(volume.numpy(), affine, embedding))
 
 
 def unit_length(maps: Tensor) -> Tensor:

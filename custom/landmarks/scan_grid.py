@@ -15,7 +15,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from custom.data.reasons import Fault
 from custom.data.scans import NO_AIR_HU, check_hu, read_volume
+from custom.data.voxels import check_grid
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +42,16 @@ class ScanEmbedding:
         affine: (4, 4), voxel index (x, y, z) of the 2 mm grid, which grows towards Left, Posterior, Superior,
             to world mm (RAS).
         shape: voxels of the 2 mm grid along x, y, z.
+        body: bool (z, y, x), fine cells in or near the patient's body; None if all count.
+        weights_sha256: of the network that made it, if that is known.
     """
 
     fine: Tensor
     coarse: Tensor
     affine: NDArray[np.float64]
     shape: tuple[int, int, int]
+    body: NDArray[np.bool_] | None = None
+    weights_sha256: str | None = None
 
     def cell_to_world(self, index_zyx: ArrayLike, level: Level = "fine") -> NDArray[np.float64]:
         """See :func:`cell_to_world`."""
@@ -78,14 +84,14 @@ def hu_to_units(volume_hu: Tensor) -> Tensor:
 def read_scan(scan: Scan) -> tuple[Tensor, NDArray[np.float64]]:
     """Values (X, Y, Z), float32 on the CPU, and affine to world mm of what :func:`embed_scan` takes.
 
-    A file is read as ``alice scan`` reads it, and refused if its values cannot be Hounsfield units; of what lies in
-    memory already, a crop perhaps, it is only said.
+    A file is read as ``alice scan`` reads it, and refused if its values cannot be Hounsfield units or no patient lies in
+    its grid; of what lies in memory already, a crop perhaps, it is only said.
     """
     array: Any
     if isinstance(scan, str | PathLike):
         if not Path(scan).is_file():
             raise FileNotFoundError(f"{scan}: no such file.")
-        array, affine = read_volume(Path(scan))
+        array, affine = read_volume(Path(scan), any_grid=False)
         check_hu(Path(scan), array)  # for what it refuses; nothing is rounded here
     elif isinstance(scan, tuple):
         array, affine = scan
@@ -115,7 +121,18 @@ def read_scan(scan: Scan) -> tuple[Tensor, NDArray[np.float64]]:
             volume.min(),
             volume.max(),
         )
+    _say_if_odd(scan if isinstance(scan, str | PathLike) else "The scan", matrix, tuple(volume.shape))
     return volume, matrix
+
+
+def _say_if_odd(scan: object, affine: NDArray[np.float64], shape: tuple[int, ...]) -> None:
+    """Warn of a grid on which the network was not trained."""
+    try:
+        odd = [reason.value for reason in check_grid(affine, shape)]
+    except Fault as fault:  # files of that kind were refused
+        odd = [f"{fault.reason.value} {fault}"]
+    if odd:
+        logger.warning("%s: %s. SAM was trained on upright scans: look at its matches.", scan, "; ".join(odd))
 
 
 def to_grid(volume: Tensor, affine: NDArray[np.float64], *, spacing: float = SPACING_MM) -> GridVolume:

@@ -55,11 +55,9 @@ Searchable: TypeAlias = "ScanEmbedding | EmbeddingMap"
 class DenseMap:
     """A ``ScanEmbedding`` prepared for searching: channels last, with norms and a pooled copy. Float32, CPU."""
 
-    body: Array | None = None
-    weights_sha256: str | None = None
-
     def __init__(self, embedding: ScanEmbedding) -> None:
         self.affine, self.shape = np.asarray(embedding.affine), embedding.shape
+        self.body, self.weights_sha256 = embedding.body, embedding.weights_sha256
         fine, coarse = embedding.fine.detach().float().cpu(), embedding.coarse.detach().float().cpu()
         self._fine, self._coarse = fine, coarse
         self.grid: Triple = (int(fine.shape[1]), int(fine.shape[2]), int(fine.shape[3]))
@@ -67,16 +65,17 @@ class DenseMap:
         self.coarse_stored = self.coarse
         rows = np.ascontiguousarray(fine.permute(1, 2, 3, 0).numpy()).reshape(-1, fine.shape[0])
         self._rows = rows
-        pooled, _ = pool(rows.reshape(*self.grid, -1), None)
+        pooled, self._used = pool(rows.reshape(*self.grid, -1), self.body)
         self._pooled_rows = pooled.reshape(-1, pooled.shape[-1])
-        self.fine_lattice = make_lattice(self.coarse, self.grid, 1, None, dot_of(rows))
-        self.pooled_lattice = make_lattice(self.coarse, self.grid, 2, None, dot_of(self._pooled_rows))
+        outside = (None, None) if self.body is None else (~self.body.reshape(-1), ~self._used.reshape(-1))
+        self.fine_lattice = make_lattice(self.coarse, self.grid, 1, outside[0], dot_of(rows))
+        self.pooled_lattice = make_lattice(self.coarse, self.grid, 2, outside[1], dot_of(self._pooled_rows))
 
     @functools.cached_property
     def blocks(self) -> Blocks:
         """See :class:`Blocks`."""
-        used = np.ones(self.pooled_lattice.grid, bool)
-        return make_blocks(self._pooled_rows, used, self.coarse, self.grid, self.affine)
+        rows = self._pooled_rows[self._used.reshape(-1)]
+        return make_blocks(rows, self._used, self.coarse, self.grid, self.affine)
 
     def fine_vectors(self, cells_zyx: Array) -> Array:
         """(N, C) of cells (N, 3)."""
@@ -84,7 +83,9 @@ class DenseMap:
 
     def decode(self) -> ScanEmbedding:
         """As it was given."""
-        return ScanEmbedding(self._fine, self._coarse, self.affine, self.shape)
+        return ScanEmbedding(
+            self._fine, self._coarse, self.affine, self.shape, self.body, self.weights_sha256
+        )
 
 
 _prepared: dict[int, tuple[weakref.ref[ScanEmbedding], DenseMap]] = {}

@@ -102,7 +102,7 @@ class StoredEmbedding:
         fine = np.zeros((*self.grid, self.header.dim), np.float32)
         fine[tuple(cells.T)] = self.fine_vectors(cells)
         maps = [torch.from_numpy(part).permute(3, 0, 1, 2) for part in (fine, self.coarse)]
-        return ScanEmbedding(maps[0], maps[1], self.affine, self.shape)
+        return ScanEmbedding(maps[0], maps[1], self.affine, self.shape, self.body, self.weights_sha256)
 
     def check(self) -> None:
         """Read everything and compare checksums.

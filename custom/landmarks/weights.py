@@ -105,7 +105,8 @@ def load_sam_weights(path: str | PathLike[str]) -> SAM:
             f"{path}: its tensors were altered (sha256 {found[:12]}, written {metadata['sha256'][:12]})."
         )
     model.load_state_dict({name: value.to(wanted[name].dtype) for name, value in state.items()})
-    return model.eval()
+    model.eval().weights_sha256 = metadata["sha256"]
+    return model
 
 
 def read_sam_metadata(path: str | PathLike[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import pickle
@@ -80,7 +81,8 @@ def load_sam(path: str | PathLike[str]) -> SAM:
     weights = _read_sam(path, model)
     model.load_state_dict(weights.state, strict=False)  # only counters may be missing, as was seen to
     _log(path, weights)
-    return model.eval()
+    model.eval().weights_sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return model
 
 
 def read_sam(path: str | PathLike[str]) -> OfficialWeights:
