@@ -301,12 +301,35 @@ def test_an_image_without_label_is_named(cohort, tmp_path):
     assert any("image without label, or label without image: case_03" in p for p in problems)
 
 
+def test_cases_of_one_name_are_named(cohort, tmp_path):
+    for site in ("a", "b"):
+        shutil.copytree(cohort, tmp_path / "data" / site)
+    problems = parser_of("train", dataset_dir=str(tmp_path / "data")).get_parsed_content("problems")
+    assert any("several files of one case: " in p and "case_03" in p for p in problems), problems
+
+
+@pytest.mark.parametrize("labels, fits", [
+    ({"0": "background", "1": "spleen"}, False),  # MSD's Task09
+    ({"background": 0, "liver": 1, "right_kidney": 2}, True),  # as nnU-Net writes it
+    ({"1": "Liver", "2": "rkid"}, True),  # names that nobody here knows are nobody's mistake
+    (["liver"], True),
+])  # fmt: skip
+def test_a_datalist_whose_organs_have_other_values_is_refused(tmp_path, labels, fits):
+    pairs = [{"image": f"{i}.nii.gz", "label": f"{i}_l.nii.gz", "fold": i % 5} for i in range(5)]
+    (tmp_path / "d.json").write_text(json.dumps({"labels": labels, "training": pairs}))
+    parser = parser_of("train", dataset_dir=str(tmp_path / "d.json"))
+    said = [p for p in parser.get_parsed_content("problems") if p.startswith("labels: ")]
+    assert bool(said) is not fits and (fits or "1 is spleen in " in said[0])
+
+
 @pytest.mark.parametrize("fault, message", [
     ("value", "case_01.nii.gz: label values [17.0], this bundle knows 0 to 13."),
     ("grid", "case_01.nii.gz: image and label lie on different grids"),
-    ("place", "case_01.nii.gz: image and label lie on different grids"),
+    ("place", "case_01.nii.gz: image and label are placed differently, up to 5.00 mm apart"),
+    ("stretch", "case_01.nii.gz: image and label are placed differently, up to "),
     ("empty", "case_01.nii.gz: the label is empty"),
     ("image", "case_01_0000.nii.gz has no value below 0: it is no CT, or not in Hounsfield units."),
+    ("air", "case_01_0000.nii.gz shows nothing but air."),
 ])  # fmt: skip
 def test_a_faulty_case_is_refused_by_name_in_training_and_in_evaluation(cohort, tmp_path, fault, message):
     image, label = (
@@ -320,6 +343,10 @@ def test_a_faulty_case_is_refused_by_name_in_training_and_in_evaluation(cohort, 
         voxels = voxels[1:]
     elif fault == "place":
         affine[0, 3] += 5
+    elif fault == "stretch":  # a third of a percent, within the header's rounding voxel by voxel
+        affine[0, 0] *= 1.003
+    elif fault == "air":
+        volume[:] = -1000
     elif fault == "image":
         volume += 1024
     else:
@@ -376,6 +403,22 @@ def test_a_run_goes_on_where_it_stopped(cohort, tmp_path):
     assert whole["trainer"]["iteration"] == halves["trainer"]["iteration"] == 4
     assert whole["lr_scheduler"]["last_epoch"] == halves["lr_scheduler"]["last_epoch"]
     assert whole["optimizer"]["state"][0]["step"] == halves["optimizer"]["state"][0]["step"] == 4
+
+
+def test_a_run_that_goes_on_keeps_its_best_network(cohort, tmp_path):
+    """The score to beat is kept with the run: a worse validation after the stop leaves the best network as it is."""
+    folder = str(tmp_path)
+    settings = TRIAL | {"dataset_dir": str(cohort), "labelled": 2, "val_interval": 1, "epochs": 1, "output_dir": folder, "ckpt_dir": folder}  # fmt: skip
+    bundle_run("train", **settings)
+    last, best = tmp_path / "checkpoints" / "last.pt", tmp_path / "model_finetuned.pt"
+    state = torch.load(last, weights_only=True)
+    (saved,) = state["best"]["_saved"]
+    state["best"]["_saved"] = [(2.0, saved[1])]  # better than any Dice to come
+    torch.save(state, last)
+    before = best.read_bytes()
+    bundle_run("train", **settings | {"epochs": 2, "resume": True})
+    assert torch.load(last, weights_only=True)["trainer"]["iteration"] > state["trainer"]["iteration"]
+    assert best.read_bytes() == before
 
 
 def test_sigterm_ends_a_run_with_its_last_checkpoint(cohort, tmp_path):
@@ -493,9 +536,26 @@ def test_layer_decay_gives_every_parameter_once_and_the_encoder_less():
     rate = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert len(rate) == sum(len(g["params"]) for g in groups) == len(list(network.parameters()))
     at = lambda name: rate[id(network.get_parameter(name))] / 1e-4  # noqa: E731
-    assert at("out.conv.conv.weight") == 1 and at("vit.norm.weight") == pytest.approx(0.75**13)
+    assert at("out.conv.conv.weight") == 1 and at("vit.norm.weight") == pytest.approx(0.75)
     assert at("vit.blocks.11.mlp.linear1.weight") == pytest.approx(0.75)
     assert at("vit.blocks.0.mlp.linear1.weight") == pytest.approx(0.75**12)
+
+
+def test_layer_decay_falls_by_stage_in_swin_unetr_and_nnformer():
+    at = {}
+    for config in ("swin_unetr", "nnformer"):
+        parser = parser_of("train", config, "layer_decay")
+        rate = {id(p): g["lr"] for g in parser.get_parsed_content("parameters") for p in g["params"]}
+        network = parser.get_parsed_content("network")
+        at[config] = {
+            n: rate[id(p)] / parser.get_parsed_content("learning_rate") for n, p in network.named_parameters()
+        }
+    stages = [{r for n, r in at["nnformer"].items() if f"encoder.layers.{s}.blocks" in n} for s in range(4)]
+    assert [len(s) for s in stages] == [1] * 4
+    assert [s.pop() for s in stages] == pytest.approx([0.75**4, 0.75**3, 0.75**2, 0.75])
+    assert {r for n, r in at["nnformer"].items() if "encoder.norms.3" in n} == {0.75}
+    swin = [{r for n, r in at["swin_unetr"].items() if f"swinViT.layers{s}." in n}.pop() for s in range(1, 5)]
+    assert swin == pytest.approx([0.75**4, 0.75**3, 0.75**2, 0.75])
 
 
 def test_the_sawtooth_rests_the_encoder_then_warms_up_again():
