@@ -284,6 +284,11 @@ def calibrate(
     if weights and read_sam_metadata(weights)["sha256"] != made.weights_sha256:
         raise ValueError(f"{embeddings}: made with other weights than {weights}.")
     names = [name for name in volumes.names if re.search(held_back, name)]
+    if len({volumes.patient(name) for name in names}) < 2:
+        raise ValueError(
+            f"{store}: {held_back!r} is in the names of {len(names)} scans, and a score is calibrated on pairs of two patients'. "
+            f"Scans are called {', '.join(volumes.names[:3])}, ... (alice scan --hash_ids False keeps the files' names)."
+        )
     found = calibrate_threshold(
         SamAligner(volumes, made, threshold=0.0),
         volumes,

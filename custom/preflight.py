@@ -55,7 +55,9 @@ def preflight(arguments: Sequence[str]) -> None:
     files = _as_list(options["config_file"])
     complete = ConfigParser.load_config_file(files[0])
     for file in files[1:]:
-        check_keys(complete, ConfigParser.load_config_file(file), file)
+        overrides = ConfigParser.load_config_file(file)
+        check_keys(complete, overrides, file)
+        _override(complete, overrides)  # what one file replaces, the next one refers to
     allowed = RUN_OPTIONS | (TRACKING_OPTIONS if "tracking" in options else set())
     check_keys(complete, {k: v for k, v in options.items() if k not in allowed}, "the command line")
     if "args_file" in options:
@@ -97,6 +99,22 @@ def check_keys(complete: dict[str, Any], overrides: dict[str, Any], origin: str)
                 break
             else:
                 raise ConfigKeyError(_unknown(key, part, node, origin))
+
+
+def _override(complete: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Set every key as MONAI will."""
+    for key, value in overrides.items():
+        *folders, last = [p for p in key.lstrip("+").replace("#", "::").split("::") if p]
+        node: Any = complete
+        for part in folders:
+            node = node[int(part)] if isinstance(node, list) else node[part]
+        place: Any = int(last) if isinstance(node, list) else last
+        if key.startswith("+") and isinstance(value, dict):
+            node[place] = node[place] | value
+        elif key.startswith("+") and isinstance(value, list):
+            node[place] = node[place] + value
+        else:
+            node[place] = value
 
 
 def _check_argument(key: str, argument: str, target: str, origin: str) -> None:

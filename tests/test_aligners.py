@@ -159,6 +159,8 @@ def test_calibrate_keeps_the_score_with_embeddings_and_weights(store, embeddings
     with pytest.raises(ValueError, match="nothing was kept"):
         cli.calibrate(str(store.path), str(folder), "case", pairs=2, points=5, share=1.01)
     assert EmbeddingFolder(folder).threshold == kept
+    with pytest.raises(ValueError, match="'nobody' is in the names of 0 scans.*case0, case1, case2"):
+        cli.calibrate(str(store.path), str(folder), "nobody")
     torch.manual_seed(0)
     save_sam(tmp_path / "other.safetensors", SAM(4, 8), {})
     with pytest.raises(ValueError, match="other weights"):

@@ -82,6 +82,11 @@ def test_either_patch_embedding_takes_the_others_weights_exactly(tmp_path, ours,
     assert "exact" in next(iter(report.adapted.values()))
 
 
+def test_weights_may_be_read_by_whom_the_umask_says(saved, tmp_path):
+    (tmp_path / "any").write_text("")
+    assert saved[1].stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_every_missing_extra_and_misshaped_tensor_is_named_and_nothing_is_changed(saved, tmp_path):
     net, path = saved
     state = load_file(path)

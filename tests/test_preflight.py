@@ -86,3 +86,19 @@ def test_an_uncaught_error_of_ours_ends_a_program_with_one_line():
     assert done.returncode == 1 and done.stderr.strip().splitlines() == [
         "alice: /nowhere: no such folder or datalist. Set dataset_dir to a folder of scans or a JSON."
     ]
+
+
+def test_an_override_of_what_an_earlier_file_replaced_is_named(tmp_path):
+    """smoke.yaml sizes the ViT; after swin.yaml, which puts another network there, it would fail deep inside MONAI."""
+    files = {
+        "train.yaml": "net: {_target_: monai.networks.nets.ViT, in_channels: 1}\nsteps: 3\n",
+        "swin.yaml": "net: {_target_: monai.networks.nets.SwinUNETR, in_channels: 1}\n",
+        "smoke.yaml": "net::hidden_size: 48\nsteps: 1\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    ordered = [str(tmp_path / name) for name in ("train.yaml", "smoke.yaml", "swin.yaml")]
+    preflight(["x", "run", "--config_file", str(ordered)])
+    ordered[1:] = ordered[:0:-1]
+    with pytest.raises(ConfigKeyError, match=r"smoke\.yaml: 'net::hidden_size' is no setting"):
+        preflight(["x", "run", "--config_file", str(ordered)])

@@ -183,7 +183,7 @@ def test_a_non_finite_loss_names_term_and_scans_and_keeps_the_last_checkpoint(st
     assert all(torch.isfinite(t).all() for t in content["student"].values())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_leaves(store, tmp_path, number):
     trainer = make_trainer(
         store, tmp_path, handlers=[LeaveOnSignal(), StopAt(3, lambda e: os.kill(os.getpid(), number))]
@@ -197,6 +197,17 @@ def test_a_signal_saves_and_leaves(store, tmp_path, number):
     )
 
 
+def test_a_second_ctrl_c_does_not_wait(store, tmp_path):
+    def twice(engine):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(store, tmp_path, handlers=[LeaveOnSignal(), StopAt(3, twice)]).run()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(store, tmp_path):
     """torchrun, timeout and Slurm signal the group; a dead worker would end the run without a checkpoint."""
     code = f"""
@@ -205,7 +216,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_trainer import LeaveOnSignal, StopAt, make_trainer
 from custom.data.store import VolumeStore
 trainer = make_trainer(VolumeStore({str(store.path)!r}), {str(tmp_path)!r}, workers=1, steps=30,
-    handlers=[LeaveOnSignal(), StopAt(3, lambda e: os.killpg(os.getpgid(0), signal.SIGTERM))])
+    handlers=[LeaveOnSignal(), StopAt(3, lambda e: os.killpg(os.getpgid(0), signal.SIGINT))])
 trainer.run()
 """
     done = subprocess.run(

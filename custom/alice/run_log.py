@@ -174,7 +174,7 @@ class LeaveOnSignal:
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
 
     def _listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._before[number] = signal.signal(number, self._hear)
 
     def _stop_listening(self) -> None:
@@ -187,6 +187,8 @@ class LeaveOnSignal:
 
     def _hear(self, number: int, frame: Any) -> None:
         self.asked = True
+        if number == signal.SIGINT:  # a second Ctrl-C does not wait for the step's end
+            signal.signal(number, self._before[number])
 
     def _leave_if_asked(self, engine: Any) -> None:
         together = world_size() == 1 or engine.state.iteration % self.every == 0

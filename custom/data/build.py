@@ -315,7 +315,9 @@ def _settings(
     if there and there != settings:
         differing = [key for key in settings if there.get(key) != settings[key]]
         then, now = ({key: one.get(key) for key in differing} for one in (there, settings))
-        raise StoreError(f"{store}: was built with {then}, now {now} is asked for. Choose another store_dir.")
+        raise StoreError(
+            f"{store}: was built with {then}, now {now} is asked for. Ask for that, or choose another store_dir."
+        )
     return settings
 
 

@@ -173,4 +173,7 @@ def summary(manifest: Manifest) -> str:
         lines.append(cost_of_build(manifest))
     for reason, records in manifest.by_reason().items():
         lines.append(f"{len(records):>6}  {reason.value:<18}{reason.sentence}")
+        refused = [record.path for record in records if record.status == "rejected"]
+        if refused:
+            lines.append(f"{'':>8}{', '.join(refused[:3])}{', ...' if refused[3:] else ''}")
     return "\n".join(lines)

@@ -335,7 +335,7 @@ def pair_loader(
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
     """A signal to the whole group (torchrun, timeout, Slurm) must not kill workers before the trainer has saved."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -413,16 +413,22 @@ def make_aligner(
     Raises:
         ValueError: naming the ones there are, or what sam needs.
     """
-    by_sam = name in ("sam", "sam_nearest")
-    logger.info("Pairs are aligned by %s.", f"{name}, with embeddings in {embeddings}" if by_sam else name)
-    if by_sam:
+    if name in ("sam", "sam_nearest"):
         if embeddings is None:
             store = getattr(scans, "path", "STORE")
             raise ValueError(
                 f"aligner {name!r} needs the scans' embeddings. Make them with: alice embed {store} EMBEDDINGS, and give "
                 "that folder; or take aligner 'coordinate', which needs none."
             )
-        return SamAligner(scans, embeddings, threshold, max_cycle_mm=max_cycle_mm, consensus=name == "sam")
+        made = SamAligner(scans, embeddings, threshold, max_cycle_mm=max_cycle_mm, consensus=name == "sam")
+        logger.info(
+            "Pairs are aligned by %s, with embeddings in %s of weights %s; a match scores %g at least.",
+            name,
+            made.embeddings.path,
+            made.embeddings.weights_sha256[:12],
+            made.threshold,
+        )
+        return made
     makers: dict[str, Any] = {
         "coordinate": CoordinateAligner,
         "random": RandomAligner,
@@ -432,4 +438,5 @@ def make_aligner(
         raise ValueError(
             f"aligner must be one of {', '.join([*makers, 'sam', 'sam_nearest'])}; got {name!r}."
         )
+    logger.info("Pairs are aligned by %s.", name)
     return makers[name](scans)

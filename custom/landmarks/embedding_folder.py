@@ -77,10 +77,14 @@ class EmbeddingFolder:
                 wrong.append(f"{name} (made from other voxels)")
                 stale = True
         if wrong:
+            way_out = f"Embed the rest: alice embed {store.path} {self.path}"
+            if stale:
+                way_out = f"Embed them again: alice embed {store.path} {self.path} --overwrite"
+            if len(wrong) == len(names if names is not None else store.names):
+                way_out = f"If these are of another store, give its folder, or a new one: alice embed {store.path} EMBEDDINGS"
             raise EmbeddingError(
                 f"{self.path}: {len(wrong)} of {len(store)} scans of {store.path} have no embedding that fits: "
-                f"{', '.join(wrong[:3])}. Embed {'them again' if stale else 'the rest'}: alice embed {store.path} {self.path}"
-                f"{' --overwrite' if stale else ''}"
+                f"{', '.join(wrong[:3])}. {way_out}"
             )
 
     def keep_threshold(self, threshold: float) -> None:

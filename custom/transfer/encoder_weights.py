@@ -107,6 +107,7 @@ def save_encoder(
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
             save_file(state, temporary, metadata={"alice": json.dumps(metadata)})
+            _readable_as_any_other(temporary)
         elif path.suffix == ".pt":
             torch.save(state, temporary)
             path.with_suffix(".json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
@@ -121,6 +122,13 @@ def save_encoder(
         with contextlib.suppress(OSError):  # the folder itself may be what is missing
             temporary.unlink(missing_ok=True)
     return metadata
+
+
+def _readable_as_any_other(path: Path) -> None:
+    """Safetensors writes for the owner alone; a new file is otherwise for whom the umask says."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
