@@ -11,6 +11,7 @@ finished is not run again. The last network of a fine-tuning is scored, never th
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ from few_shot_plan import Plan, Run, finetune_words, predict_words, pretrain_wor
 from tqdm import tqdm
 
 from custom.cli import export
-from custom.data.scans import list_scans
+from custom.data.scans import Scan, list_scans
 from custom.evaluation.datalists import case_name
 from custom.evaluation.rows import write_rows
 from custom.evaluation.scoring import plain_rule, score_folder
@@ -45,12 +46,14 @@ def prepare(plan: Plan, scans: Path, work: Path) -> None:
     fold 0, which no run trains on); ``held_back.json`` has their images alone.
 
     Raises:
-        ValueError: if WORK was made by other settings, nobody is held back, or nobody is left.
+        ValueError: if WORK was made by other settings or of other scans, nobody is held back, or nobody is left.
     """
-    stamp = work / "settings.sha256"
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") != plan.digest:
-        raise ValueError(f"{work}: its runs were made with other settings; name another folder.")
     pairs = [scan for scan in list_scans(scans) if scan.label]
+    stamp, made_of = work / "settings.sha256", _digest(plan, pairs)
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") != made_of:
+        raise ValueError(
+            f"{work}: its runs were made with other settings or of other scans; name another folder."
+        )
     held = {scan.name for scan in pairs if re.search(plan.held_back, case_name(scan.image))}
     if not 0 < len(held) < len(pairs):
         raise ValueError(
@@ -61,7 +64,7 @@ def prepare(plan: Plan, scans: Path, work: Path) -> None:
         assert scan.label is not None
         label = scan.label.resolve()
         if plan.drop_labels:
-            label = _without(label, plan.drop_labels, work / "labels" / label.name)
+            label = _without(label, plan.drop_labels, work / "labels" / scan.name / label.name)
         record = {
             "image": str(scan.image.resolve()),
             "label": str(label),
@@ -77,7 +80,14 @@ def prepare(plan: Plan, scans: Path, work: Path) -> None:
     }
     for name, content in lists.items():
         write_text(work / f"{name}.json", json.dumps(content, indent=1))
-    write_text(stamp, plan.digest)
+    write_text(stamp, made_of)
+
+
+def _digest(plan: Plan, pairs: Sequence[Scan]) -> str:
+    """Of the settings, and of which files the scans are and how large."""
+    files = [path.resolve() for scan in pairs for path in (scan.image, scan.label) if path is not None]
+    content = [plan.digest, [[str(path), path.stat().st_size] for path in files]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _without(label: Path, values: Sequence[int], to: Path) -> Path:

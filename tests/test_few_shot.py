@@ -132,6 +132,11 @@ def test_a_folder_of_other_settings_is_refused_but_another_comparison_is_not(sca
     few_shot.prepare(small_plan(tmp_path / "b", held_back="^case1$", compare=[]), scans, tmp_path / "work")
     with pytest.raises(ValueError, match="other settings"):
         few_shot.prepare(small_plan(tmp_path / "c", held_back="^case2$"), scans, tmp_path / "work")
+    shutil.copytree(scans, tmp_path / "others")  # of the same names
+    with pytest.raises(ValueError, match="other scans"):
+        few_shot.prepare(
+            small_plan(tmp_path / "d", held_back="^case1$"), tmp_path / "others", tmp_path / "work"
+        )
 
 
 @pytest.mark.parametrize("pattern", ["^nobody$", "^case"])

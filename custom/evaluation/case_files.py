@@ -212,5 +212,7 @@ def _refuse_doubles(pairs: Iterable[tuple[str, Path]]) -> None:
     first: dict[str, Path] = {}
     for case, path in pairs:
         if case in first:
-            raise ScanError(f"{first[case]} and {path} are both of case {case!r}; keep one of them.")
+            raise ScanError(
+                f"{first[case]} and {path} are both of case {case!r}. Keep one of them, or name them after their patients."
+            )
         first[case] = path
