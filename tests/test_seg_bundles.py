@@ -217,7 +217,7 @@ def test_the_from_scratch_twin_differs_in_one_key():
     train = ConfigParser.load_config_file(FLARE / "configs" / "train.yaml")
     assert train["pretrained"] is None
     readers = [k for k, v in train.items() if "@pretrained" in json.dumps(v)]
-    assert readers == ["problems", "pretrained_damaged", "encoder_misfit", "initial"]
+    assert readers == ["problems", "pretrained_damaged", "encoder_misfit", "told_start", "initial"]
 
 
 # -- who trains and who is held back -----------------------------------------------

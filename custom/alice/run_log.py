@@ -156,7 +156,7 @@ class Progress:
 
 
 class LeaveOnSignal:
-    """SIGTERM and SIGUSR1 save a checkpoint after the current step and end the run cleanly.
+    """SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint after the current step and end the run cleanly.
 
     Args:
         every: with several processes, steps between asking whether one of them was told to leave.
