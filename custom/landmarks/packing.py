@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 # How many bits a number takes. The fewer numbers, the more each of them weighs: of the shipped network's 32 only 8 bits keep
-# refined single matches within 2 mm of float32's for 99 % of points (400 points of 4 phantoms of seed 1000; 5: 88 %, 6: 94 %,
-# 7: 98 %). Of 128 numbers 5 bits are a compromise with the file's size (benchmarks/matching.py has synthetic ones). Entropy coding (zstd) gains nothing on top and costs ten
-# times the search.
+# refined single matches within 2 mm of float32's for 99 % of points (400 points of 4 phantoms of seed 1000; 5: 90 %, 6: 95 %,
+# 7: 97 %). Of 128 numbers 5 bits are a compromise with the file's size (benchmarks/matching.py has synthetic ones). Entropy
+# coding (zstd) gains nothing on top and costs ten times the search.
 FEW_NUMBERS = 64
 BITS_OF_FEW, BITS_OF_MANY = 8, 5
 
