@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_matching import waves
 
+from custom.landmarks.aligners import MIN_SUPPORT
 from custom.landmarks.blocks import make_blocks
 from custom.landmarks.consensus import PairMap, fit_pair_map, match_near, robust_affine
 from custom.landmarks.matching import match_points
@@ -123,8 +124,8 @@ def test_a_map_about_one_point_needs_fewer_anchors(scans, pair):
 def test_strangers_do_not_agree(scans):
     stranger = embedding(True, 1.2, seed=77)
     blocks = prepare(scans[0]).blocks, prepare(stranger).blocks
-    assert fit_pair_map(*blocks).support < 0.2
-    assert max(fit_pair_map(*blocks, about_mm=point).support for point in some_points(20)) < 0.2
+    assert fit_pair_map(*blocks).support < MIN_SUPPORT
+    assert max(fit_pair_map(*blocks, about_mm=point).support for point in some_points(20)) < MIN_SUPPORT
 
 
 def test_blocks_compare_as_whole_similarities(scans):
