@@ -9,7 +9,7 @@ from test_matching import waves
 
 from custom.landmarks.aligners import MIN_SUPPORT
 from custom.landmarks.blocks import make_blocks
-from custom.landmarks.consensus import PairMap, fit_pair_map, match_near, robust_affine
+from custom.landmarks.consensus import PairMap, fit_pair_map, refine_pair_map, robust_affine
 from custom.landmarks.matching import match_points
 from custom.landmarks.scan_grid import STRIDES_ZYX, ScanEmbedding, cell_to_world
 from custom.landmarks.searchable import prepare
@@ -85,16 +85,6 @@ def test_the_map_is_nearer_than_single_matches_where_many_are_wrong(scans, pair)
     assert mapped.mean() < 0.7 * single.mean(), (mapped.mean(), single.mean())
 
 
-def test_the_search_near_the_map_is_nearer_than_the_map():
-    query, key = embedding(False, 0.3), embedding(True, 0.3)
-    points = some_points()
-    truth = across(points)
-    expected = truth + np.array([5.0, -4.0, 3.0])
-    matches = match_near(points, expected, query, key)
-    assert np.linalg.norm(matches.points_mm - truth, axis=1).mean() < 3.5
-    assert (matches.scores > 0.5).all()
-
-
 def test_bending_is_followed_where_an_affine_map_cannot(scans, pair):
     points = some_points()
     straight = (points - pair.middle_q) @ pair.matrix.T + pair.middle_k
@@ -119,6 +109,32 @@ def test_a_map_about_one_point_needs_fewer_anchors(scans, pair):
     np.testing.assert_array_equal(
         again(points), about[0](points)
     )  # a pair of crops is a function of its number
+
+
+def test_places_found_near_the_map_correct_it(pair):
+    scans = embedding(False, 0.3), embedding(True, 0.3)
+    pair = pair._replace(middle_k=pair.middle_k + np.array([5.0, -4.0, 3.0]))
+    points = some_points()
+    truth = across(points)
+    refined = refine_pair_map(pair, *scans)
+    before, after = (np.linalg.norm(map_(points) - truth, axis=1).mean() for map_ in (pair, refined))
+    assert after < 0.5 * before, (after, before)
+    assert refined.support == pair.support
+    some = points[:40]
+    about = [refine_pair_map(pair, *scans, about_mm=point) for point in some]
+    assert max(len(map_.anchors_mm) for map_ in about) <= len(pair.anchors_mm) + 64
+    here = np.linalg.norm(
+        [m(p[None])[0] - across(p[None])[0] for m, p in zip(about, some, strict=True)], axis=1
+    )
+    assert here.mean() < 1.2 * np.linalg.norm(refined(some) - truth[:40], axis=1).mean()
+    again = refine_pair_map(pair, *scans, about_mm=some[0])
+    np.testing.assert_array_equal(again(points), about[0](points))
+
+
+def test_a_map_that_leads_nowhere_stays_as_it_was(scans, pair):
+    nowhere = pair._replace(middle_k=pair.middle_k + 1e4)
+    assert refine_pair_map(nowhere, *scans) is nowhere
+    assert refine_pair_map(pair, *scans, about_mm=np.full(3, 1e4)) is pair
 
 
 def test_strangers_do_not_agree(scans):
@@ -151,20 +167,3 @@ def test_every_second_block_comes_first(kept):
     assert apart.min() > 16 + 1e-6, "no two of them share a face"
     if kept != "one":
         assert np.linalg.norm(rest[:, None] - first, axis=-1).min(axis=1).max() < 16 + 1e-6
-
-
-def test_points_off_either_scan_are_refused(scans):
-    inside, outside = MIDDLE_MM[None], np.full((1, 3), 1e4)
-    off_q = match_near(outside, inside, *scans)
-    assert off_q.scores[0] == -1 and np.isnan(off_q.points_mm).all()
-    off_k = match_near(inside, outside, *scans)
-    assert off_k.scores[0] == -1
-    np.testing.assert_array_equal(off_k.points_mm, outside)  # where it is expected, not to be used
-    just_off = (AFFINE @ np.array([-2.5, 40.0, 30.0, 1.0]))[None, :3]
-    assert match_near(inside, just_off, *scans).scores[0] > -1
-
-
-def test_a_point_is_found_exactly_in_its_own_scan(scans):
-    points = some_points(40)
-    matches = match_near(points, points, scans[0], scans[0])
-    assert np.linalg.norm(matches.points_mm - points, axis=1).max() < 2.0

@@ -13,11 +13,11 @@ from test_matching import points_inside, structured
 
 from custom.data.store import VolumeStore
 from custom.landmarks.body_cells import body_cells
-from custom.landmarks.consensus import match_near
 from custom.landmarks.embedding_file import EmbeddingError, save_embedding
 from custom.landmarks.embedding_folder import EmbeddingFolder, embedding_path
 from custom.landmarks.embeddings import embed_folder, embed_store
 from custom.landmarks.matching import match_points
+from custom.landmarks.near import match_near
 from custom.landmarks.packing import levels_of, pack, quantise, unpack
 from custom.landmarks.sam import embed_scan
 from custom.landmarks.searchable import prepare

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from custom.landmarks.consensus import ABOUT_EVEN, PairMap, fit_pair_map, match_near
+from custom.landmarks.consensus import ABOUT_EVEN, PairMap, fit_pair_map, refine_pair_map
 from custom.landmarks.embedding_folder import EmbeddingFolder
 from custom.landmarks.geometry import to_voxels, to_world
 from custom.landmarks.matching import Matches, match_points
+from custom.landmarks.near import match_near
 from custom.landmarks.search import REFUSED, Method
 from custom.landmarks.stored_embedding import StoredEmbedding
 
@@ -290,7 +291,7 @@ class SamAligner:
     def _match_one(self, scan_q: str, point_mm: np.ndarray, scan_k: str) -> Matches:
         if not self.consensus or not np.all(np.isfinite(point_mm)):
             return self.match(scan_q, point_mm, scan_k)
-        pair = fit_pair_map(self.blocks(scan_q), self.blocks(scan_k), about_mm=point_mm)
+        pair = self._fit(scan_q, scan_k, point_mm)
         return self._match_by(pair, point_mm, self.embeddings[scan_q], self.embeddings[scan_k])
 
     def _match_by(
@@ -305,8 +306,11 @@ class SamAligner:
         self.support = functools.lru_cache(100 * self.max_pairs)(self._agree)
         self.blocks = functools.lru_cache(16)(lambda name: self.embeddings[name].blocks)
 
-    def _fit(self, scan_q: str, scan_k: str) -> PairMap:
-        return fit_pair_map(self.blocks(scan_q), self.blocks(scan_k))
+    def _fit(self, scan_q: str, scan_k: str, about_mm: np.ndarray | None = None) -> PairMap:
+        pair = fit_pair_map(self.blocks(scan_q), self.blocks(scan_k), about_mm=about_mm)
+        if pair.support < self.min_support:
+            return pair  # to be refused
+        return refine_pair_map(pair, self.embeddings[scan_q], self.embeddings[scan_k], about_mm=about_mm)
 
     def _agree(self, scan_q: str, scan_k: str) -> float:
         """Share of a few matches that agree on an affine map; the same few as :meth:`align` fits one by."""

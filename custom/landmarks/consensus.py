@@ -2,7 +2,8 @@
 
 A single best match may be far off: left for right, one vertebra for the next. A few hundred of them, weighed by
 whether they come back, agree on an affine map (as SAM-affine of the same authors does: SAME, spec 2.5) and on how it
-bends. A point is then looked for near where that map takes it. The bending and the search near it are ours.
+bends. Places looked for near where that map takes them (``near``) then correct it: their answers scatter much less. The
+bending and the search near it are ours.
 """
 
 from __future__ import annotations
@@ -13,17 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from custom.landmarks.blocks import Blocks
-from custom.landmarks.lattice import flat_index
-from custom.landmarks.matching import Matches
-from custom.landmarks.scan_grid import cell_to_world, world_to_cell
-from custom.landmarks.search import REFUSED, similarities
-from custom.landmarks.searchable import (
-    EmbeddingMap,
-    Searchable,
-    coarse_vectors,
-    prepare_pair,
-    query_cells,
-)
+from custom.landmarks.near import match_roughly_near
+from custom.landmarks.scan_grid import cell_to_world
+from custom.landmarks.searchable import EmbeddingMap, Searchable, prepare_pair, query_cells
 
 Array = NDArray[Any]
 
@@ -36,9 +29,10 @@ ABOUT, ABOUT_EVEN = 64, 128  # blocks about the one point that a map is for, and
 ABOUT_MM = 90.0  # and the standard deviation of their distance from it (ours)
 BEND_MM = 60.0  # over which the bending varies (ours)
 BEND_SIZE_MM, BEND_NOISE_MM = 20.0, 30.0  # how large it may be, and how far single matches scatter (ours)
-NEAR_MM = 8.0  # how far from the map a point may well lie (standard deviation; ours)
-REACH_MM = 24.0  # and how far it is looked for (ours; 36 answers the same)
-SHARPNESS = 0.03  # differences of similarity that count as much as one standard deviation of nearness (ours)
+REFINED = 1024  # places of Q that are looked for near the map (ours; 512 answer a hundredth worse)
+REFINED_ABOUT = 64  # and of a map about one point (ours; 32 answer a hundredth worse)
+REFINED_ABOUT_MM = 50.0  # and the standard deviation of their distance from that point (ours)
+REFINED_NOISE_MM = 5.0  # how far their answers scatter (ours)
 
 
 class PairMap(NamedTuple):
@@ -107,8 +101,52 @@ def fit_pair_map(
     matrix, middle_q, middle_k = robust_affine(points_q[whole], points_k[whole], trust[whole])
     left = points_k - (points_q - middle_q) @ matrix.T - middle_k
     support = float((np.linalg.norm(left[whole], axis=1) < AGREE_MM).mean())
-    pull = bend(points_q, left, trust)
+    pull = bend(points_q, left, trust, BEND_NOISE_MM)
     return PairMap(matrix, middle_q, middle_k, points_q, pull, support)
+
+
+def refine_pair_map(
+    pair: PairMap, embedding_q: Searchable, embedding_k: Searchable, *, about_mm: ArrayLike | None = None
+) -> PairMap:
+    """The map, corrected by where places of Q are found near where it takes them.
+
+    Args:
+        pair: of :func:`fit_pair_map`.
+        embedding_q: of the scan that is asked.
+        embedding_k: of the other.
+        about_mm: (3,), the one point of Q that the map is for: 64 places around it do as well there as 1,024 of the whole.
+
+    Returns:
+        The map; its ``support`` stays that of the matches it came from. As it was where no place is found.
+
+    Raises:
+        ValueError: if the embeddings do not compare.
+    """
+    map_q, map_k = prepare_pair(embedding_q, embedding_k)
+    places = _places_of(map_q, None if about_mm is None else np.asarray(about_mm, dtype=float).reshape(3))
+    expected = pair(places)
+    left = match_roughly_near(places, expected, map_q, map_k) - expected
+    known = np.isfinite(left).all(axis=1)
+    if not known.any():
+        return pair
+    places, left = places[known], left[known]
+    pull = bend(places, left, np.ones(len(left)), REFINED_NOISE_MM)
+    return pair._replace(
+        anchors_mm=np.concatenate([pair.anchors_mm, places]), pull=np.concatenate([pair.pull, pull])
+    )
+
+
+def _places_of(map_q: EmbeddingMap, about_mm: Array | None) -> Array:
+    """Places (n, 3) mm in the body of a scan, drawn evenly, or by nearness to a point."""
+    rng = np.random.default_rng(0)
+    if about_mm is not None:
+        drawn = about_mm + rng.normal(0, REFINED_ABOUT_MM, (4 * REFINED_ABOUT, 3))
+        _, inside = query_cells(drawn, map_q)
+        return drawn[inside][:REFINED_ABOUT]
+    lattice = map_q.pooled_lattice
+    cells = np.arange(np.prod(lattice.grid)) if lattice.outside is None else np.flatnonzero(~lattice.outside)
+    chosen = np.stack(np.unravel_index(rng.permutation(cells)[:REFINED], lattice.grid), axis=-1)
+    return cell_to_world(np.minimum(2 * chosen + 0.5, np.array(map_q.grid) - 1), map_q.affine, "fine")
 
 
 def _blocks_near(point_mm: Array, places_mm: Array, rng: np.random.Generator) -> Array:
@@ -149,13 +187,14 @@ def robust_affine(points_q: Array, points_k: Array, trust: Array) -> tuple[Array
     return matrix, middle_q, middle_k
 
 
-def bend(anchors_mm: Array, left_mm: Array, trust: Array) -> Array:
-    """Gaussian process regression of what an affine map leaves, with noise that grows with the misfit.
+def bend(anchors_mm: Array, left_mm: Array, trust: Array, noise_mm: float) -> Array:
+    """Gaussian process regression of what a map leaves, with noise that grows with the misfit.
 
     Args:
         anchors_mm: (n, 3).
         left_mm: (n, 3), displacements.
         trust: (n,) weights.
+        noise_mm: standard deviation of a trusted displacement.
 
     Returns:
         (n, 3): a point's displacement is its nearness to the anchors times this.
@@ -163,93 +202,11 @@ def bend(anchors_mm: Array, left_mm: Array, trust: Array) -> Array:
     alike = _nearness(anchors_mm, anchors_mm)
     weight, pull = trust, np.zeros_like(left_mm)
     for _ in range(4):
-        noise = np.diag(BEND_NOISE_MM**2 / np.maximum(weight, 1e-3))
+        noise = np.diag(noise_mm**2 / np.maximum(weight, 1e-3))
         pull = np.linalg.solve(alike + noise, left_mm)
         off = np.linalg.norm(left_mm - alike @ pull, axis=1)
         weight = trust / (1 + (off / 15.0) ** 2)
     return pull
-
-
-def match_near(
-    points_mm: ArrayLike, expected_mm: ArrayLike, embedding_q: Searchable, embedding_k: Searchable
-) -> Matches:
-    """Find points near where they are expected.
-
-    The answer is the mean of all fine cells within reach, weighed by similarity and nearness, plus what the point
-    lies off its own cell's middle.
-
-    Args:
-        points_mm: (N, 3) world mm, of scan Q.
-        expected_mm: (N, 3) world mm, of scan K.
-        embedding_q: of the scan that holds the points.
-        embedding_k: of the scan to search.
-
-    Returns:
-        Points and scores. A point off Q's grid or body gets nan and -1. One that is expected off K's, by more than
-        8 mm, is given where it is expected, with score -1: not to be used as a match.
-    """
-    points, expected = (np.atleast_2d(np.asarray(p, dtype=float)) for p in (points_mm, expected_mm))
-    map_q, map_k = prepare_pair(embedding_q, embedding_k)
-    cells, inside = query_cells(points, map_q)
-    found, scores = np.full(points.shape, np.nan), np.full(len(points), REFUSED)
-    found[inside] = expected[inside]
-    asked = np.flatnonzero(inside & (_outside_mm(expected, map_k) <= NEAR_MM))
-    if not len(asked):
-        return Matches(found, scores)
-    fine, coarse = map_q.fine_vectors(cells[asked]), coarse_vectors(map_q, cells[asked])
-    off_middle = points[asked] - cell_to_world(cells[asked], map_q.affine, "fine")
-    for row, i in enumerate(asked):
-        around = _cells_near(expected[i], map_k)
-        if not len(around):
-            continue
-        total = similarities(
-            map_k,
-            flat_index(around, map_k.grid),
-            fine[row],
-            _coarse_similarity_near(around, coarse[row], map_k),
-        )
-        places = cell_to_world(around, map_k.affine, "fine")
-        likely = total / SHARPNESS - ((places - expected[i]) ** 2).sum(axis=1) / (2 * NEAR_MM**2)
-        share = np.exp(likely - likely.max())
-        found[i] = share @ places / share.sum() + off_middle[row]
-        scores[i] = total[likely.argmax()]
-    return Matches(found, scores)
-
-
-def _coarse_similarity_near(cells: Array, vector: Array, scan: EmbeddingMap) -> Array:
-    """Similarities (z, y, x) of a coarse vector (C,) to the coarse cells that fine cells (n, 3) lie between; 0 elsewhere."""
-    weights = scan.fine_lattice.weights
-    spans = [
-        np.flatnonzero(w[a : b + 1].any(axis=0))
-        for w, a, b in zip(weights, cells.min(0), cells.max(0), strict=True)
-    ]
-    box = tuple(slice(span[0], span[-1] + 1) for span in spans)
-    similarity = np.zeros(scan.coarse_stored.shape[:3], np.float32)
-    similarity[box] = scan.coarse_stored[box].astype(np.float32) @ vector
-    return similarity
-
-
-def _outside_mm(points_mm: Array, scan: EmbeddingMap) -> Array:
-    """How far points lie outside of a scan's voxels, along the axis where it is most; infinite for nan."""
-    inverse = np.linalg.inv(scan.affine)
-    voxels = points_mm @ inverse[:3, :3].T + inverse[:3, 3]
-    off = np.maximum(-0.5 - voxels, voxels - (np.array(scan.shape) - 0.5)).max(axis=1)
-    spacing = np.linalg.norm(scan.affine[:3, :3], axis=0).max()
-    return np.nan_to_num(off * spacing, nan=np.inf)
-
-
-def _cells_near(point_mm: Array, scan: EmbeddingMap) -> Array:
-    """Fine cells (n, 3) of the body in a box about a point; none if the point lies far off the body."""
-    middle = world_to_cell(point_mm, scan.affine, "fine")
-    reach = REACH_MM / np.linalg.norm(
-        cell_to_world(np.eye(3), scan.affine, "fine") - cell_to_world(np.zeros(3), scan.affine, "fine"),
-        axis=1,
-    )
-    low = np.maximum(np.floor(middle - reach), 0).astype(int)
-    high = np.minimum(np.ceil(middle + reach) + 1, scan.grid).astype(int)
-    axes = [np.arange(a, b) for a, b in zip(low, high, strict=True)]
-    cells = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-    return cells if scan.body is None else cells[scan.body[tuple(cells.T)]]
 
 
 def _nearness(points: Array, anchors: Array) -> Array:

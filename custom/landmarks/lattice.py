@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -105,20 +105,28 @@ def axis_weights(positions: Array, size: int, coarse_size: int) -> Array:
     return weights
 
 
-def interpolate_at(values: Array, weights: tuple[Array, Array, Array], cells: tuple[Array, ...]) -> Array:
-    """Interpolate (z, y, x, ...) at cells given as three index arrays (N,): (N, ...), from eight corners."""
-    corners = []
+def corners_at(
+    weights: tuple[Array, Array, Array], cells: tuple[Array, ...]
+) -> Iterator[tuple[tuple[Array, Array, Array], Array]]:
+    """The eight coarse cells about cells given as three index arrays (N,): their indices z, y, x, and weights (N,)."""
+    axes = []
     for weight, index in zip(weights, cells, strict=True):
         low = np.minimum((weight > 0).argmax(axis=1), max(weight.shape[1] - 2, 0))[index]
         high = np.minimum(low + 1, weight.shape[1] - 1)
         part = weight[index, low]
-        corners.append(((low, part), (high, 1 - part)))
+        axes.append(((low, part), (high, 1 - part)))
+    for z, weight_z in axes[0]:
+        for y, weight_y in axes[1]:
+            for x, weight_x in axes[2]:
+                yield (z, y, x), weight_z * weight_y * weight_x
+
+
+def interpolate_at(values: Array, weights: tuple[Array, Array, Array], cells: tuple[Array, ...]) -> Array:
+    """Interpolate (z, y, x, ...) at cells given as three index arrays (N,): (N, ...), from eight corners."""
     shape = (-1,) + (1,) * (values.ndim - 3)
     total: Any = 0.0
-    for z, weight_z in corners[0]:
-        for y, weight_y in corners[1]:
-            for x, weight_x in corners[2]:
-                total = total + values[z, y, x] * (weight_z * weight_y * weight_x).reshape(shape)
+    for corner, part in corners_at(weights, cells):
+        total = total + values[corner] * part.reshape(shape)
     return total
 
 

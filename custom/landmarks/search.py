@@ -85,11 +85,15 @@ class Search:
         )
 
     def _totals(self, flat: Array) -> Array:
-        return similarities(self.target, flat, self.vector, self.coarse_similarity)
+        fine, coarse = similarity_parts(self.target, flat, self.vector, self.coarse_similarity)
+        total: Array = 0.5 * (fine + coarse)
+        return total
 
 
-def similarities(target: EmbeddingMap, flat: Array, vector: Array, coarse_similarity: Array) -> Array:
-    """Similarities of some fine cells, the coarse part interpolated at these cells alone.
+def similarity_parts(
+    target: EmbeddingMap, flat: Array, vector: Array, coarse_similarity: Array
+) -> tuple[Array, Array]:
+    """Fine and coarse similarities of some fine cells, the coarse ones interpolated at these cells alone.
 
     Args:
         target: the scan searched.
@@ -100,7 +104,7 @@ def similarities(target: EmbeddingMap, flat: Array, vector: Array, coarse_simila
     cells = np.unravel_index(flat, target.grid)
     lattice = target.fine_lattice
     coarse = interpolate_at(coarse_similarity, lattice.weights, cells) * lattice.inverse_norm_at(flat)
-    return 0.5 * (lattice.dot(flat, vector) + coarse)
+    return lattice.dot(flat, vector), coarse
 
 
 def branch_and_bound(

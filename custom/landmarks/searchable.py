@@ -46,6 +46,7 @@ class EmbeddingMap(Protocol):
     @property
     def blocks(self) -> Blocks: ...
     def fine_vectors(self, cells_zyx: Array) -> Array: ...
+    def pooled_vectors(self, flat: Array) -> Array: ...
     def decode(self) -> ScanEmbedding: ...
 
 
@@ -80,6 +81,10 @@ class DenseMap:
     def fine_vectors(self, cells_zyx: Array) -> Array:
         """(N, C) of cells (N, 3)."""
         return self._rows[flat_index(cells_zyx, self.grid)]
+
+    def pooled_vectors(self, flat: Array) -> Array:
+        """(N, C) of 8 mm cells (flat indices); of one off the body any vector."""
+        return self._pooled_rows[flat]
 
     def decode(self) -> ScanEmbedding:
         """As it was given."""

@@ -69,8 +69,7 @@ class StoredEmbedding:
     @functools.cached_property
     def pooled_lattice(self) -> Lattice:
         """See :class:`Lattice`."""
-        used = _pooled_body(self.body).reshape(-1)
-        row_of_cell = np.cumsum(used) - 1
+        used, row_of_cell = self._pooled_rows
         rows, lengths = self._section("pooled"), self._section("pooled_length")
 
         def dot(index: NDArray | None, vector: NDArray) -> NDArray:
@@ -95,6 +94,13 @@ class StoredEmbedding:
         """(N, C), of length 1, of cells (N, 3) in the body."""
         vectors = self._fine_steps(flat_index(cells_zyx, self.grid))
         return vectors / row_lengths(vectors)[:, None]
+
+    def pooled_vectors(self, flat: NDArray[np.int_]) -> NDArray[np.float32]:
+        """(N, C), of length 1, of 8 mm cells (flat indices); of one off the body any vector."""
+        rows = np.maximum(self._pooled_rows[1][flat], 0)
+        vectors = self._section("pooled")[rows].astype(np.float32)
+        vectors /= self._section("pooled_length")[rows][:, None]
+        return vectors
 
     def decode(self) -> ScanEmbedding:
         """All of it in memory; fine vectors off the body are 0."""
@@ -128,6 +134,12 @@ class StoredEmbedding:
         rows: NDArray[np.int32] = np.cumsum(self.body.reshape(-1), dtype=np.int32)
         rows -= 1
         return rows
+
+    @functools.cached_property
+    def _pooled_rows(self) -> tuple[NDArray[np.bool_], NDArray[np.int_]]:
+        """Of all 8 mm cells: which are stored, and the row of each that is."""
+        used = _pooled_body(self.body).reshape(-1)
+        return used, np.cumsum(used) - 1
 
     def _fine_steps(self, flat: NDArray[np.int_]) -> NDArray[np.float32]:
         """Fine vectors of some cells of the body, not of length 1 yet."""
