@@ -20,6 +20,7 @@ from custom.landmarks.matching import match_points
 from custom.landmarks.near import match_near
 from custom.landmarks.packing import levels_of, pack, quantise, unpack
 from custom.landmarks.sam import embed_scan
+from custom.landmarks.scan_grid import ScanEmbedding
 from custom.landmarks.searchable import prepare
 from custom.landmarks.stored_embedding import StoredEmbedding
 from custom.landmarks.structural import structural_match
@@ -76,7 +77,7 @@ def test_what_is_stored_is_nearly_what_was_given(tmp_path):
     assert eight.num_bytes > saved.num_bytes
 
 
-@pytest.mark.parametrize("dim, bits", [(128, 5), (32, 8)])
+@pytest.mark.parametrize("dim, bits", [(128, 4), (32, 7)])
 def test_matches_in_files_stay_within_half_a_cell_of_matches_in_float32(tmp_path, dim, bits):
     scans = [structured(s, noise=0.25, dim=dim) for s in ((0, 0, 0), (7.0, -5.0, 3.0))]
     files = [
@@ -87,6 +88,19 @@ def test_matches_in_files_stay_within_half_a_cell_of_matches_in_float32(tmp_path
     points = points_inside(300, margin=8)
     whole, stored = (match_points(points, *pair, refine=True).points_mm for pair in (scans, files))
     assert (np.linalg.norm(whole - stored, axis=1) <= 2.0).mean() >= 0.99
+
+
+def test_a_box_of_30_cm_three_quarters_body_takes_30_megabytes(tmp_path):
+    grid, coarse = (75, 75, 75), (38, 10, 10)
+    rng = np.random.default_rng(0)
+    maps = [rng.standard_normal((128, *size), dtype=np.float32) for size in (grid, coarse)]
+    maps = [torch.nn.functional.normalize(torch.from_numpy(m), dim=0) for m in maps]
+    y, x = (np.indices(grid[1:]) - 37) / 37.2  # an ellipse in its box, as a trunk is
+    body = np.broadcast_to(x**2 + y**2 <= 1, grid)
+    assert 0.77 < body.mean() < 0.78
+    scan = ScanEmbedding(*maps, np.diag([-2.0, -2.0, 2.0, 1.0]), (150, 150, 150))
+    saved = save_embedding(tmp_path / "a.sam", scan, WEIGHTS, "s", body=body)
+    assert 25e6 < saved.num_bytes <= 30e6, saved.num_bytes
 
 
 @pytest.mark.parametrize("noise", [0.2, 2.0])
@@ -134,7 +148,7 @@ def test_a_file_cut_short_changed_or_foreign_is_refused(tmp_path):
     path.write_bytes(b"\x10" + b"\0" * 7 + b"x" * 40)
     with pytest.raises(EmbeddingError, match="no embedding, or damaged"):
         StoredEmbedding(path)
-    path.write_bytes(good.replace(b"alice-embedding-3", b"alice-embedding-9"))
+    path.write_bytes(good.replace(b"alice-embedding-4", b"alice-embedding-9"))
     with pytest.raises(EmbeddingError, match="alice-embedding-9"):
         StoredEmbedding(path)
     changed = bytearray(good)
@@ -200,7 +214,7 @@ def test_embeddings_of_an_older_format_are_replaced_by_the_command_that_the_mess
     name = store.names[0]
     (saved,) = embed_store(model, WEIGHTS, store, tmp_path, names=[name], progress=False)
     for path in (saved.path, tmp_path / "embeddings.json"):
-        path.write_bytes(path.read_bytes().replace(b"alice-embedding-3", b"alice-embedding-2"))
+        path.write_bytes(path.read_bytes().replace(b"alice-embedding-4", b"alice-embedding-2"))
     for use in (
         lambda: EmbeddingFolder(tmp_path),
         lambda: StoredEmbedding(saved.path),

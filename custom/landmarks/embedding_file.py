@@ -15,14 +15,21 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from custom.landmarks.blocks import make_blocks
-from custom.landmarks.lattice import coarse_norm, lattice_weights, pool
-from custom.landmarks.packing import default_bits, levels_of, pack, quantise, row_lengths
+from custom.landmarks.lattice import coarse_norm, flat_index, lattice_weights, pool
+from custom.landmarks.packing import (
+    default_bits,
+    largest_of,
+    levels_of,
+    pack,
+    quantise,
+    quantise_sized,
+    row_lengths,
+)
 from custom.landmarks.scan_grid import ScanEmbedding, Triple
 
-FORMAT = "alice-embedding-3"
+FORMAT = "alice-embedding-4"
 _SECTIONS = {
     "pooled": "I8",
-    "pooled_length": "F32",
     "pooled_norm": "F16",
     "coarse": "F16",
     "coarse_norm": "F16",
@@ -31,6 +38,7 @@ _SECTIONS = {
     "blocks_mm": "F32",
     "body": "U8",
     "fine": "U8",
+    "fine_largest": "U8",
 }
 _DTYPES = {"I8": np.int8, "U8": np.uint8, "F16": np.float16, "F32": np.float32}
 
@@ -90,9 +98,9 @@ def save_embedding(
     """Write a scan's embeddings, whole or not at all.
 
     A safetensors file, used in place through a memory map, so that a search reads the cells it looks at and no
-    others: fine vectors in steps of their own largest number (their length is known to be 1, so no scale is
-    stored), packed to ``fine_bits`` a number; means of 2 x 2 x 2 fine cells as int8; coarse vectors and the lengths
-    of interpolated ones in fp16; blocks of 16 mm in steps that all of them share.
+    others: means of 2 x 2 x 2 fine cells as int8; what each fine vector differs by from its mean, which is a third of its
+    length, packed to ``fine_bits`` a number in steps of its own largest number; coarse vectors and the
+    lengths of interpolated ones in fp16; blocks of 16 mm in steps that all of them share.
 
     Args:
         path: to write.
@@ -126,22 +134,30 @@ def save_embedding(
     pooled, used = pool(rows, body)
     pooled_rows = quantise(pooled[used], 127)
     known = coarse.astype(np.float32)  # norms of what is stored, not of what was given
+
+    def norm_at(pooling: int) -> NDArray[np.float32]:
+        return coarse_norm(known, lattice_weights(grid, known.shape[:3], pooling))
+
     blocks = make_blocks(pooled[used], used, known, grid, np.asarray(embedding.affine, float))
     step = np.abs(blocks.vectors).max(keepdims=True)[0] / np.float32(127)
     sections: dict[str, NDArray[Any]] = {
         "pooled": pooled_rows,
-        "pooled_length": row_lengths(pooled_rows),
-        "pooled_norm": coarse_norm(known, lattice_weights(grid, coarse.shape[:3], 2)).astype(np.float16),
+        "pooled_norm": norm_at(2)[used.reshape(-1)].astype(np.float16),
         "coarse": np.ascontiguousarray(coarse),
-        "coarse_norm": coarse_norm(known, lattice_weights(grid, coarse.shape[:3], 1)).astype(np.float16),
+        "coarse_norm": norm_at(1)[body.reshape(-1)].astype(np.float16),
         "blocks": np.rint(blocks.vectors / step).astype(np.int8),
         "blocks_step": step,
         "blocks_mm": blocks.points_mm.astype(np.float32),
         "body": np.packbits(body),
     }
-    steps = quantise(rows[body], levels_of(fine_bits))
-    cosines = np.einsum("nc,nc->n", rows[body], steps.astype(np.float32)) / row_lengths(steps)
-    sections["fine"] = pack(steps, fine_bits)
+    # means as they will be read, so that what they were rounded by is made good, too
+    means = pooled_rows.astype(np.float32)
+    means /= row_lengths(means)[:, None]
+    means = means[(np.cumsum(used) - 1)[flat_index(np.argwhere(body) // 2, used.shape)]]
+    steps, largest = quantise_sized(rows[body] - means, levels_of(fine_bits))
+    means += steps * (largest_of(largest) / levels_of(fine_bits))[:, None]
+    cosines = np.einsum("nc,nc->n", rows[body], means) / row_lengths(means)
+    sections["fine"], sections["fine_largest"] = pack(steps, fine_bits), largest
     header = EmbeddingHeader(
         name=path.stem if name is None else name,
         weights_sha256=weights_sha256,

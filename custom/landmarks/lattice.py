@@ -23,9 +23,10 @@ class Lattice:
         grid: cells along z, y, x.
         weights: per axis (cells, coarse cells), what each coarse cell contributes to a cell: trilinear
             interpolation with ``align_corners=False``.
-        norm: (cells,) lengths of the interpolated coarse vectors, float16 or float32.
+        norm: (rows,) lengths of the interpolated coarse vectors, float16 or float32.
         outside: bool (cells,), True off the body; None if all cells count.
         dot: fine similarities of some cells (flat indices, or None for all) to a vector (C,).
+        rows: (cells,) the row of ``norm`` that is a cell's, any number where it counts for nothing; None if each has one.
     """
 
     grid: Triple
@@ -33,6 +34,7 @@ class Lattice:
     norm: Array
     outside: Array | None
     dot: Callable[[Array | None, Array], Array]
+    rows: Array | None = None
 
     @functools.cached_property
     def inverse_norm(self) -> Array:
@@ -41,7 +43,8 @@ class Lattice:
 
     def inverse_norm_at(self, cells: Array | slice) -> Array:
         """``inverse_norm`` at some cells (flat indices)."""
-        inverse: Array = 1 / np.maximum(self.norm[cells].astype(np.float32), np.float32(1e-6))
+        rows = cells if self.rows is None else self.rows[cells]
+        inverse: Array = 1 / np.maximum(self.norm[rows].astype(np.float32), np.float32(1e-6))
         return inverse
 
     def coarse_similarity(self, similarity: Array) -> Array:
@@ -65,6 +68,7 @@ def make_lattice(
     outside: Array | None,
     dot: Callable,
     norm: Array | None = None,
+    rows: Array | None = None,
 ) -> Lattice:
     """The cells of the fine grid (``pooling`` 1), or of cubes of ``pooling`` fine cells a side.
 
@@ -74,12 +78,13 @@ def make_lattice(
         pooling: fine cells a side.
         outside: see :class:`Lattice`.
         dot: see :class:`Lattice`.
-        norm: (cells,) lengths of the interpolated coarse vectors, if they are known.
+        norm: (rows,) lengths of the interpolated coarse vectors, if they are known.
+        rows: see :class:`Lattice`.
     """
     weights = lattice_weights(fine_grid, coarse.shape[:3], pooling)
     grid: Triple = (len(weights[0]), len(weights[1]), len(weights[2]))
     norm = coarse_norm(coarse, weights) if norm is None else norm
-    return Lattice(grid, weights, norm, outside, dot)
+    return Lattice(grid, weights, norm, outside, dot, rows)
 
 
 def lattice_weights(

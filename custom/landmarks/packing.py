@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# How many bits a number takes. The fewer numbers, the more each of them weighs: of the shipped network's 32 only 8 bits keep
-# refined single matches within 2 mm of float32's for 99 % of points (400 points of 4 phantoms of seed 1000; 5: 90 %, 6: 95 %,
-# 7: 97 %). Of 128 numbers 5 bits are a compromise with the file's size (benchmarks/matching.py has synthetic ones). Entropy
-# coding (zstd) gains nothing on top and costs ten times the search.
+# How many bits a number takes. The fewer numbers, the more each of them weighs; see the SAM bundle's docs for what was
+# measured. Entropy coding (zstd) gains nothing on top and costs ten times the search.
 FEW_NUMBERS = 64
-BITS_OF_FEW, BITS_OF_MANY = 8, 5
+BITS_OF_FEW, BITS_OF_MANY = 7, 4
+_STEPS_AN_OCTAVE, _SMALLEST = 24, 2.0**-8  # of the largest number of a row, as it is stored
 
 
 def default_bits(dim: int) -> int:
@@ -24,6 +23,25 @@ def quantise(vectors: NDArray[np.float32], levels: int) -> NDArray[np.int8]:
     """Round vectors (N, C) to ``levels`` steps to each side of zero, the largest number at the last step."""
     largest = np.maximum(np.abs(vectors).max(axis=-1, keepdims=True), 1e-12)
     return np.rint(vectors * (levels / largest)).astype(np.int8)
+
+
+def quantise_sized(vectors: NDArray[np.float32], levels: int) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
+    """As :func:`quantise`, for vectors whose lengths matter: also the code (N,) of the number that the last step stands for.
+
+    That is the next one of 24 an octave above the largest; :func:`largest_of` reads it.
+    """
+    largest = np.maximum(np.abs(vectors).max(axis=-1), _SMALLEST)
+    code = np.ceil(_STEPS_AN_OCTAVE * np.log2(largest / _SMALLEST)).clip(0, 255).astype(np.uint8)
+    scale = (levels / largest_of(code))[:, None]
+    return np.rint((vectors * scale).clip(-levels, levels)).astype(np.int8), code
+
+
+def largest_of(code: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What the last step of vectors stands for, of :func:`quantise_sized`."""
+    return _LARGEST[code]
+
+
+_LARGEST = (_SMALLEST * 2.0 ** (np.arange(256) / _STEPS_AN_OCTAVE)).astype(np.float32)
 
 
 def levels_of(bits: int) -> int:

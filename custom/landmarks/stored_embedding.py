@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from custom.landmarks.blocks import Blocks
 from custom.landmarks.embedding_file import EmbeddingError, digest_of, read_header
 from custom.landmarks.lattice import Lattice, flat_index, make_lattice
-from custom.landmarks.packing import row_lengths, unpack
+from custom.landmarks.packing import largest_of, levels_of, row_lengths, unpack
 from custom.landmarks.scan_grid import ScanEmbedding, Triple
 
 
@@ -64,24 +64,25 @@ class StoredEmbedding:
     def fine_lattice(self) -> Lattice:
         """See :class:`Lattice`."""
         norm = self._section("coarse_norm")
-        return make_lattice(self.coarse_stored, self.grid, 1, ~self.body.reshape(-1), self._fine_dot, norm)
+        outside = ~self.body.reshape(-1)
+        return make_lattice(
+            self.coarse_stored, self.grid, 1, outside, self._fine_dot, norm, self._row_of_cell
+        )
 
     @functools.cached_property
     def pooled_lattice(self) -> Lattice:
         """See :class:`Lattice`."""
         used, row_of_cell = self._pooled_rows
-        rows, lengths = self._section("pooled"), self._section("pooled_length")
 
         def dot(index: NDArray | None, vector: NDArray) -> NDArray:
-            if index is None:
-                total = np.full(len(used), -1.0, np.float32)
-                total[used] = (rows.astype(np.float32) @ vector) / lengths
-                return total
-            some = row_of_cell[index]
-            return (rows[some].astype(np.float32) @ vector) / lengths[some]
+            if index is not None:
+                return self.pooled_vectors(index) @ vector
+            total = np.full(len(used), -1.0, np.float32)
+            total[used] = self._pooled_at(slice(None)) @ vector
+            return total
 
         norm = self._section("pooled_norm")
-        return make_lattice(self.coarse_stored, self.grid, 2, ~used, dot, norm)
+        return make_lattice(self.coarse_stored, self.grid, 2, ~used, dot, norm, row_of_cell)
 
     @property
     def blocks(self) -> Blocks:
@@ -97,10 +98,7 @@ class StoredEmbedding:
 
     def pooled_vectors(self, flat: NDArray[np.int_]) -> NDArray[np.float32]:
         """(N, C), of length 1, of 8 mm cells (flat indices); of one off the body any vector."""
-        rows = np.maximum(self._pooled_rows[1][flat], 0)
-        vectors = self._section("pooled")[rows].astype(np.float32)
-        vectors /= self._section("pooled_length")[rows][:, None]
-        return vectors
+        return self._pooled_at(self._pooled_rows[1][flat])
 
     def decode(self) -> ScanEmbedding:
         """All of it in memory; fine vectors off the body are 0."""
@@ -141,10 +139,21 @@ class StoredEmbedding:
         used = _pooled_body(self.body).reshape(-1)
         return used, np.cumsum(used) - 1
 
+    def _pooled_at(self, rows: NDArray[np.int_] | slice) -> NDArray[np.float32]:
+        vectors: NDArray[np.float32] = self._section("pooled")[rows].astype(np.float32)
+        vectors /= row_lengths(vectors)[:, None]
+        return vectors
+
     def _fine_steps(self, flat: NDArray[np.int_]) -> NDArray[np.float32]:
         """Fine vectors of some cells of the body, not of length 1 yet."""
-        packed = self._section("fine")[self._row_of_cell[flat]]
-        return unpack(packed, self.header.fine_bits, self.header.dim)
+        rows = self._row_of_cell[flat]
+        vectors = unpack(self._section("fine")[rows], self.header.fine_bits, self.header.dim)
+        vectors *= (largest_of(self._section("fine_largest")[rows]) / levels_of(self.header.fine_bits))[
+            :, None
+        ]
+        cells = np.stack(np.unravel_index(flat, self.grid), axis=-1)
+        vectors += self.pooled_vectors(flat_index(cells // 2, self.pooled_lattice.grid))
+        return vectors
 
     def _fine_dot(self, index: NDArray | None, vector: NDArray) -> NDArray:
         if index is not None:
@@ -159,5 +168,9 @@ class StoredEmbedding:
 
 def _pooled_body(body: NDArray[np.bool_]) -> NDArray[np.bool_]:
     padded = np.pad(body, [(0, n % 2) for n in body.shape])
-    z, y, x = (n // 2 for n in padded.shape)
-    return np.asarray(padded.reshape(z, 2, y, 2, x, 2).any(axis=(1, 3, 5)))
+    for axis in range(
+        3
+    ):  # halves joined one axis after another: tens of times faster than ``any`` over three
+        padded = np.moveaxis(padded, axis, 0)
+        padded = np.moveaxis(padded[::2] | padded[1::2], 0, axis)
+    return padded
