@@ -209,6 +209,7 @@ def embed(
     device: str = "cpu",
     overwrite: bool = False,
     allow_profile: bool = False,
+    bits: int | None = None,
 ) -> None:
     """Write one compact embedding per scan, for the aligner ``sam``; resumable.
 
@@ -219,6 +220,7 @@ def embed(
         device: cpu or cuda.
         overwrite: replace what was made with other weights or from other voxels.
         allow_profile: embed a store of another profile than ct, which SAM was not trained on.
+        bits: 4 to 8 bits a number; by default 4 of the published network's 128, 7 of a compact one's 32.
     """
     from custom.data.remote import is_url
     from custom.data.store import VolumeStore, sha256_of_file
@@ -240,9 +242,12 @@ def embed(
             threshold=threshold,
             overwrite=overwrite,
             allow_profile=allow_profile,
+            fine_bits=bits,
         )
     else:
-        written = embed_folder(network, digest, scans, out, threshold=threshold, overwrite=overwrite)
+        written = embed_folder(
+            network, digest, scans, out, threshold=threshold, overwrite=overwrite, fine_bits=bits
+        )
     for saved in written:
         print(
             f"{saved.path}: {saved.num_bytes / 2**20:.1f} MiB, cosine to float32 {saved.mean_cosine:.5f} on average, "

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from custom.data.manifest import Manifest
 from custom.data.remote import is_url
 from custom.data.scans import Scan, list_scans
-from custom.landmarks.packing import default_bits
+from custom.landmarks.packing import bits_for
 from custom.landmarks.sam import EMBEDDING_DIM
 
 _CELL_MM3 = 64.0  # a fine cell of an embedding: 2 voxels of 2 mm a side
@@ -97,6 +97,5 @@ def held_by_bodies(names: int, voxels: float, most: int = 64) -> float:
 def embedding_bytes(volume_mm3: float) -> float:
     """Of one scan's embedding by the authors' network (128 channels); ours has 32, and takes two fifths."""
     cells = _BODY_SHARE * volume_mm3 / _CELL_MM3
-    return (
-        cells * EMBEDDING_DIM * (default_bits(EMBEDDING_DIM) / 8 + 1 / 8)
-    )  # fine cells, and means of eight of them
+    # fine cells, means of eight of them, and 7 bytes a cell for blocks, norms and scales
+    return cells * (EMBEDDING_DIM * (bits_for(EMBEDDING_DIM) / 8 + 1 / 8) + 7)

@@ -11,6 +11,7 @@ import torch
 from test_aligners import CentredWaves
 from test_matching import points_inside, structured
 
+from custom.cli import embed
 from custom.data.store import VolumeStore
 from custom.landmarks.body_cells import body_cells
 from custom.landmarks.embedding_file import EmbeddingError, save_embedding
@@ -19,11 +20,12 @@ from custom.landmarks.embeddings import embed_folder, embed_store
 from custom.landmarks.matching import match_points
 from custom.landmarks.near import match_near
 from custom.landmarks.packing import levels_of, pack, quantise, unpack
-from custom.landmarks.sam import embed_scan
+from custom.landmarks.sam import SAM, embed_scan
 from custom.landmarks.scan_grid import ScanEmbedding
 from custom.landmarks.searchable import prepare
 from custom.landmarks.stored_embedding import StoredEmbedding
 from custom.landmarks.structural import structural_match
+from custom.landmarks.weights import save_sam
 
 WEIGHTS = "a" * 64
 
@@ -181,6 +183,19 @@ def test_a_store_is_embedded_once_and_resumed(model, store, embedded, tmp_path):
     assert [s.path.read_bytes() for s in again] == [(tmp_path / "away").read_bytes()]
     EmbeddingFolder(folder).require(store, both)
     assert again[0].path.stat().st_mode & 0o777 == 0o644  # colleagues may read it
+
+
+def test_the_command_packs_as_many_bits_as_asked(store, tmp_path):
+    weights = tmp_path / "model.safetensors"
+    save_sam(weights, SAM(width=4, embedding_dim=32), {})
+    for asked, bits in ((None, 7), (5, 5)):
+        embed(str(store.path), str(tmp_path / "e"), weights=str(weights), bits=asked)
+        assert {
+            scan.header.fine_bits for scan in map(EmbeddingFolder(tmp_path / "e").__getitem__, store.names)
+        } == {bits}
+    with pytest.raises(ValueError, match="fine_bits must be in 4 to 8, got 3"):
+        embed(str(store.path), str(tmp_path / "f"), weights=str(weights), bits=3)
+    assert not (tmp_path / "f").exists()
 
 
 def test_a_threshold_calibrated_for_a_folder_outlives_embedding_more_scans(model, store, tmp_path):

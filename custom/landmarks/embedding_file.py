@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from custom.landmarks.blocks import make_blocks
 from custom.landmarks.lattice import coarse_norm, flat_index, lattice_weights, pool
 from custom.landmarks.packing import (
-    default_bits,
+    bits_for,
     largest_of,
     levels_of,
     pack,
@@ -109,7 +109,7 @@ def save_embedding(
         source_sha256: of the scan.
         name: the scan's; the path's stem by default.
         body: bool (z, y, x) of fine cells; only these are stored and found. None for all.
-        fine_bits: 4 to 8; None takes :func:`custom.landmarks.packing.default_bits` of the embeddings' length.
+        fine_bits: 4 to 8; None takes :func:`custom.landmarks.packing.bits_for` the embeddings' length.
 
     Returns:
         Size and rounding error.
@@ -121,9 +121,7 @@ def save_embedding(
     rows = np.ascontiguousarray(embedding.fine.detach().float().cpu().permute(1, 2, 3, 0).numpy())
     coarse = embedding.coarse.detach().float().cpu().permute(1, 2, 3, 0).numpy().astype(np.float16)
     grid: Triple = (rows.shape[0], rows.shape[1], rows.shape[2])
-    fine_bits = default_bits(rows.shape[-1]) if fine_bits is None else fine_bits
-    if not 4 <= fine_bits <= 8:
-        raise ValueError(f"fine_bits must be in 4 to 8, got {fine_bits}.")
+    fine_bits = bits_for(rows.shape[-1], fine_bits)
     if body is None:
         body = np.ones(grid, bool)
     if body.shape != grid or not body.any():

@@ -17,7 +17,7 @@ from custom.data.scans import Scan, list_scans
 from custom.data.store import VolumeStore, sha256_of_file, write_text
 from custom.landmarks.embedding_file import FORMAT, EmbeddingError, Saved, save_embedding
 from custom.landmarks.embedding_folder import INDEX, embedding_path, read_folder_index
-from custom.landmarks.packing import default_bits
+from custom.landmarks.packing import bits_for
 from custom.landmarks.sam import SAM, embed_scan
 from custom.landmarks.scan_grid import read_scan
 from custom.landmarks.stored_embedding import StoredEmbedding
@@ -123,6 +123,7 @@ def _embed_all(
     progress: bool,
     profile: str = "ct",
 ) -> list[Saved]:
+    bits_for(0, fine_bits)  # before anything is written
     made = _index_to_keep(out, overwrite)
     if made is not None:
         if made["weights_sha256"] != weights_sha256 and not overwrite:
@@ -201,7 +202,7 @@ def _needs_embedding(
             return True
         raise
     if header.weights_sha256 == weights and header.source_sha256 == source:
-        return header.fine_bits != (fine_bits or default_bits(header.dim))
+        return header.fine_bits != bits_for(header.dim, fine_bits)
     if overwrite:
         return True
     what = "with other weights" if header.weights_sha256 != weights else "from a scan that has changed since"

@@ -14,9 +14,17 @@ BITS_OF_FEW, BITS_OF_MANY = 7, 4
 _STEPS_AN_OCTAVE, _SMALLEST = 24, 2.0**-8  # of the largest number of a row, as it is stored
 
 
-def default_bits(dim: int) -> int:
-    """Bits a number of fine vectors of ``dim`` numbers."""
-    return BITS_OF_FEW if dim <= FEW_NUMBERS else BITS_OF_MANY
+def bits_for(dim: int, asked: int | None = None) -> int:
+    """Bits a number of fine vectors of ``dim`` numbers: those asked for, or by default 4 of many, 7 of few.
+
+    Raises:
+        ValueError: for bits that nothing is packed to.
+    """
+    if asked is None:
+        return BITS_OF_FEW if dim <= FEW_NUMBERS else BITS_OF_MANY
+    if not 4 <= asked <= 8:
+        raise ValueError(f"fine_bits must be in 4 to 8, got {asked}.")
+    return asked
 
 
 def quantise(vectors: NDArray[np.float32], levels: int) -> NDArray[np.int8]:
