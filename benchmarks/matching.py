@@ -233,7 +233,7 @@ def compression(
     """What storing costs, against float32, refined answers."""
     body = stored_k.body.mean()
     bits, dim = stored_k.header.fine_bits, stored_k.header.dim
-    cube = (75**3 * (dim * bits / 8 + 3) + 38**3 * (dim + 4) + 19**3 * (2 * dim + 12)) * body + 1.05e6
+    cube = (75**3 * (dim * bits / 8 + 3) + 38**3 * (dim + 2) + 19**3 * (2 * dim + 12)) * body + 1.05e6
     exact = match_points(points, query, key, refine=True)
     pickled = (folder / "k.pkl").stat().st_size
     print(

@@ -220,7 +220,8 @@ def embed(
         device: cpu or cuda.
         overwrite: replace what was made with other weights or from other voxels.
         allow_profile: embed a store of another profile than ct, which SAM was not trained on.
-        bits: 4 to 8 bits a number; by default 4 of the published network's 128, 7 of a compact one's 32.
+        bits: 4 to 8 bits a number; by default 4 of the published network's 128, 7 of a compact one's 32, and what is there
+            already stays.
     """
     from custom.data.remote import is_url
     from custom.data.store import VolumeStore, sha256_of_file

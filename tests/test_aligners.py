@@ -20,6 +20,7 @@ from custom.landmarks.aligners import (
     make_aligner,
     register_affine,
 )
+from custom.landmarks.consensus import fit_pair_map
 from custom.landmarks.embedding_file import EmbeddingError
 from custom.landmarks.embedding_folder import EmbeddingFolder
 from custom.landmarks.embeddings import embed_store
@@ -73,6 +74,26 @@ def test_sam_refuses_a_point_off_the_scan(store, embeddings):
     assert match.score == -1
     assert match.score < SamAligner(store, embeddings, threshold=-0.99).threshold
     assert np.isnan(match.point_mm).all()
+
+
+def test_maps_are_corrected_unless_they_are_refused(store, embeddings, monkeypatch):
+    aligner = SamAligner(store, embeddings, -0.5)
+    first = fit_pair_map(aligner.blocks("case0"), aligner.blocks("case1"))
+    assert len(aligner.pair_map("case0", "case1").anchors_mm) > len(first.anchors_mm)
+    strict = SamAligner(store, embeddings, -0.5, min_support=1.01)
+    assert len(strict.pair_map("case0", "case1").anchors_mm) == len(first.anchors_mm)
+    rng, points = np.random.default_rng(0), [body_point(store, "case0", i) for i in range(100, 2000, 200)]
+    corrected = [aligner.align("case0", p, "case1", rng).point_mm for p in points]
+    monkeypatch.setattr("custom.landmarks.aligners.refine_pair_map", lambda pair, *_, **__: pair)
+    assert not np.allclose(corrected, [aligner.align("case0", p, "case1", rng).point_mm for p in points])
+
+
+def test_no_map_is_fitted_for_a_point_off_the_body(store, embeddings, monkeypatch):
+    monkeypatch.setattr("custom.landmarks.aligners.fit_pair_map", None)
+    for point in (np.full(3, np.nan), np.full(3, 1e4)):
+        match = SamAligner(store, embeddings).align("case0", point, "case1", np.random.default_rng(0))
+        assert match.score == -1
+        assert np.isnan(match.point_mm).all()
 
 
 def test_a_match_that_does_not_come_back_is_refused(store, embeddings):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from test_matching import waves
+from test_matching import structured, waves
 
 from custom.landmarks.aligners import MIN_SUPPORT
 from custom.landmarks.blocks import make_blocks
-from custom.landmarks.consensus import PairMap, fit_pair_map, refine_pair_map, robust_affine
+from custom.landmarks.consensus import PairMap, fit_pair_map, places_of, refine_pair_map, robust_affine
 from custom.landmarks.matching import match_points
-from custom.landmarks.scan_grid import STRIDES_ZYX, ScanEmbedding, cell_to_world
+from custom.landmarks.near import match_near
+from custom.landmarks.scan_grid import STRIDES_ZYX, ScanEmbedding, cell_to_world, world_to_cell
 from custom.landmarks.searchable import prepare
 
 SHAPE = (96, 80, 64)  # voxels of 2 mm along x, y, z
@@ -28,12 +31,14 @@ def across(points_mm: np.ndarray) -> np.ndarray:
     return from_middle @ TURN.T + SHIFT_MM + MIDDLE_MM + bent
 
 
-def embedding(there: bool, noise: float = 0.0, seed: int = 3) -> ScanEmbedding:
+def embedding(
+    there: bool, noise: float = 0.0, seed: int = 3, shape: tuple[int, int, int] = SHAPE
+) -> ScanEmbedding:
     """Vectors that are a function of the place in Q; of K, they lie where ``across`` takes them (by a few iterations)."""
     maps = []
     rng = np.random.default_rng(11 if there else 12)
     for level, stride in STRIDES_ZYX.items():
-        grid = tuple(-(-n // s) for n, s in zip(SHAPE[::-1], stride, strict=True))
+        grid = tuple(-(-n // s) for n, s in zip(shape[::-1], stride, strict=True))
         cells = np.indices(grid).reshape(3, -1).T
         points = cell_to_world(cells, AFFINE, level)
         places = points.copy()
@@ -44,7 +49,7 @@ def embedding(there: bool, noise: float = 0.0, seed: int = 3) -> ScanEmbedding:
         vectors = vectors + noise * rng.standard_normal(vectors.shape) / 4
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         maps.append(torch.from_numpy(vectors.reshape(*grid, 16).astype(np.float32)).permute(3, 0, 1, 2))
-    return ScanEmbedding(maps[0], maps[1], AFFINE, SHAPE)
+    return ScanEmbedding(maps[0], maps[1], AFFINE, shape)
 
 
 def some_points(count: int = 150) -> np.ndarray:
@@ -129,6 +134,47 @@ def test_places_found_near_the_map_correct_it(pair):
     assert here.mean() < 1.2 * np.linalg.norm(refined(some) - truth[:40], axis=1).mean()
     again = refine_pair_map(pair, *scans, about_mm=some[0])
     np.testing.assert_array_equal(again(points), about[0](points))
+
+
+def test_what_lies_off_the_other_scan_stays_off_it():
+    tall = (96, 80, 160)
+    query, key = embedding(False, 0.5, shape=tall), embedding(True, 0.5, shape=tall)
+    cut = ScanEmbedding(key.fine[:, :40], key.coarse[:, :20], AFFINE, (96, 80, 80))
+    pair = fit_pair_map(prepare(query).blocks, prepare(cut).blocks)
+    rng = np.random.default_rng(0)
+    points = np.concatenate(
+        [MIDDLE_MM[:2] + rng.uniform(-45, 45, (600, 2)), rng.uniform(20, 300, (600, 1))], axis=1
+    )
+    truth = across(points)
+    above = truth[:, 2] - 159.0  # mm over the cut scan's last slice
+    for refined in (refine_pair_map(pair, query, cut), None):
+        if refined is None:  # about one point
+            far = np.flatnonzero((above > 20) & (above < 80))[:40]
+            found = [refine_pair_map(pair, query, cut, about_mm=p)(p[None])[0] for p in points[far]]
+            scores = match_near(points[far], np.array(found), query, cut).scores
+        else:
+            far = (above > 20) & (above < 80)
+            scores = match_near(points[far], refined(points[far]), query, cut).scores
+            inner = (above > -20) & (above < 0)
+            errors = [np.linalg.norm(m(points[inner]) - truth[inner], axis=1).mean() for m in (pair, refined)]
+            assert errors[1] < 1.1 * errors[0], errors
+        assert (scores > -1).mean() < 0.15
+
+
+def test_places_that_correct_a_map_lie_in_the_body():
+    scan = structured(tilt=0.1)
+    body = np.zeros((21, 24, 30), bool)
+    body[3:, 5:20, 4:9] = True  # ends within 8 mm cells, and at the last of an odd number of slices
+    map_q = prepare(replace(scan, body=body))
+    for about in (None, cell_to_world(np.array([[12, 12, 6]]), scan.affine, "fine")[0]):
+        places = places_of(map_q, about)
+        assert (len(places) > 150) if about is None else (10 < len(places) <= 64)
+        cells = np.rint(world_to_cell(places, scan.affine, "fine")).astype(int)
+        off = np.linalg.norm(
+            np.argwhere(body)[:, None] - world_to_cell(places, scan.affine, "fine"), axis=-1
+        ).min(0)
+        assert off.max() < 1.0
+        assert (cells < body.shape).all()
 
 
 def test_a_map_that_leads_nowhere_stays_as_it_was(scans, pair):

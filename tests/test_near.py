@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.nn.functional as F
+from scipy import ndimage
 from test_consensus import AFFINE, MIDDLE_MM, across, embedding, some_points
+from test_matching import structured
 
 from custom.landmarks.embedding_file import save_embedding
 from custom.landmarks.lattice import pool
-from custom.landmarks.near import FINE_SHARE, ROUGH_NEAR_MM, SHARPNESS, match_near, match_roughly_near
+from custom.landmarks.near import (
+    FINE_SHARE,
+    NEAR_MM,
+    ROUGH_NEAR_MM,
+    SHARPNESS,
+    match_near,
+    match_roughly_near,
+)
 from custom.landmarks.scan_grid import ScanEmbedding, cell_to_world, world_to_cell
 from custom.landmarks.searchable import prepare, query_cells
 from custom.landmarks.stored_embedding import StoredEmbedding
@@ -37,32 +46,70 @@ def test_the_answer_is_nearer_than_what_was_expected(scans, way):
     )
 
 
-def test_rough_answers_are_what_the_formula_says(scans):
-    query, key = scans
+def coarse_at(scan: ScanEmbedding, fine_cells: np.ndarray) -> np.ndarray:
+    """Coarse vectors (N, C) at places given in fine cells (N, 3), by SciPy's interpolation."""
+    fine, coarse = (np.array(level.shape[1:]) for level in (scan.fine, scan.coarse))
+    at = (np.asarray(fine_cells) + 0.5) * coarse / fine - 0.5
+    vectors = np.stack(
+        [ndimage.map_coordinates(c, at.T, order=1, mode="nearest") for c in scan.coarse.numpy()], -1
+    )
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def odd_scans() -> tuple[ScanEmbedding, ScanEmbedding, np.ndarray, np.ndarray]:
+    """21 cells along z, of which the last is half an 8 mm cell, tilted, and a body that ends within 8 mm cells."""
+    query, key = structured(tilt=0.1), structured((4.0, -3.0, 2.0), tilt=0.1)
+    body = np.zeros(tuple(key.fine.shape[1:]), bool)
+    body[1:, 3:21, 2:27] = True
+    points = cell_to_world(np.argwhere(body)[::700] + np.array([0.2, -0.1, 0.3]), query.affine, "fine")
+    return query, replace(key, body=body), points, points + np.array([5.0, -2.0, 4.0])
+
+
+def even_scans() -> tuple[ScanEmbedding, ScanEmbedding, np.ndarray, np.ndarray]:
     points = some_points(12)
-    expected = across(points) + 4.0
-    fine, _ = pool(key.fine.permute(1, 2, 3, 0).numpy(), None)
-    sizes = tuple(query.fine.shape[1:])
-    context_q = F.interpolate(query.coarse[None], size=sizes, mode="trilinear", align_corners=False)[
-        0
-    ].numpy()
-    # all sizes are even: 8 mm cells are a grid of half as many
-    coarse = F.interpolate(key.coarse[None], size=fine.shape[:3], mode="trilinear", align_corners=False)
-    coarse = F.normalize(coarse, dim=1)[0].permute(1, 2, 3, 0).numpy()
-    cells = np.stack(np.meshgrid(*map(np.arange, fine.shape[:3]), indexing="ij"), axis=-1)
-    places = cell_to_world((2 * cells + 0.5).reshape(-1, 3), AFFINE, "fine").reshape(*fine.shape[:3], 3)
-    at, _ = query_cells(points, prepare(query))
+    return embedding(False, 0.3), embedding(True, 0.3), points, across(points) + 4.0
+
+
+@pytest.mark.parametrize("made", [even_scans, odd_scans])
+def test_rough_answers_are_what_the_formula_says(made):
+    query, key, points, expected = made()
+    fine, used = pool(key.fine.permute(1, 2, 3, 0).numpy(), key.body)
+    cells = np.stack(np.meshgrid(*map(np.arange, fine.shape[:3]), indexing="ij"), axis=-1).reshape(-1, 3)
+    fine, used = fine.reshape(len(cells), -1), used.reshape(-1)
+    middles = np.minimum(2 * cells + 0.5, np.array(key.fine.shape[1:]) - 1)
+    places, coarse = cell_to_world(middles, key.affine, "fine"), coarse_at(key, middles)
+    at, inside = query_cells(points, prepare(query))
+    assert inside.all()
     wanted = []
     for point, cell, near in zip(points, at, expected, strict=True):
-        context = context_q[:, cell[0], cell[1], cell[2]]
         similar = FINE_SHARE * fine @ query.fine[:, cell[0], cell[1], cell[2]].numpy()
-        similar += (1 - FINE_SHARE) * coarse @ (context / np.linalg.norm(context))
+        similar += (1 - FINE_SHARE) * coarse @ coarse_at(query, cell[None])[0]
         likely = similar / SHARPNESS - ((places - near) ** 2).sum(-1) / (2 * ROUGH_NEAR_MM**2)
-        middle = np.rint((world_to_cell(near, AFFINE, "fine") - 0.5) / 2)
-        share = np.exp(likely - likely.max()) * (((cells - middle) ** 2).sum(-1) <= 9)
-        mean = (share[..., None] * places).sum((0, 1, 2)) / share.sum()
-        wanted.append(mean + point - cell_to_world(cell[None], AFFINE, "fine")[0])
+        middle = np.rint((world_to_cell(near, key.affine, "fine") - 0.5) / 2)
+        share = np.exp(likely - likely.max()) * (((cells - middle) ** 2).sum(-1) <= 9) * used
+        wanted.append(
+            share @ places / share.sum() + point - cell_to_world(cell[None], query.affine, "fine")[0]
+        )
     np.testing.assert_allclose(match_roughly_near(points, expected, query, key), wanted, atol=0.02)
+
+
+@pytest.mark.parametrize("made", [even_scans, odd_scans])
+def test_a_score_is_the_mean_of_fine_and_coarse_similarity_at_the_likeliest_cell(made):
+    query, key, points, expected = made()
+    cells = np.indices(tuple(key.fine.shape[1:])).reshape(3, -1).T
+    cells = cells if key.body is None else cells[key.body[tuple(cells.T)]]
+    vectors, places = key.fine.numpy()[(slice(None), *cells.T)].T, cell_to_world(cells, key.affine, "fine")
+    context = coarse_at(key, cells)
+    at, _ = query_cells(points, prepare(query))
+    scores = match_near(points, expected, query, key).scores
+    for score, cell, near in zip(scores, at, expected, strict=True):
+        fine = vectors @ query.fine[:, cell[0], cell[1], cell[2]].numpy()
+        coarse = context @ coarse_at(query, cell[None])[0]
+        away = ((places - near) ** 2).sum(-1)
+        likely = (FINE_SHARE * fine + (1 - FINE_SHARE) * coarse) / SHARPNESS - away / (2 * NEAR_MM**2)
+        top = likely.argmax()
+        assert away[top] < 12**2, "well within reach"
+        assert abs(score - (fine[top] + coarse[top]) / 2) < 1e-3
 
 
 def test_many_points_at_once_are_as_each_alone_and_as_from_files(scans, tmp_path: Path):

@@ -16,6 +16,7 @@ from custom.landmarks.geometry import to_voxels, to_world
 from custom.landmarks.matching import Matches, match_points
 from custom.landmarks.near import match_near
 from custom.landmarks.search import REFUSED, Method
+from custom.landmarks.searchable import query_cells
 from custom.landmarks.stored_embedding import StoredEmbedding
 
 logger = logging.getLogger(__name__)
@@ -208,8 +209,8 @@ def _itk_image(itk: Any, volume: np.ndarray, affine: np.ndarray) -> Any:
 class SamAligner:
     """The point whose embedding is most alike (SAM; spec 2.4), from embeddings made beforehand.
 
-    With ``consensus`` the scans' matches first agree on one smooth map, and a point is looked for near where that takes
-    it; without, every point for itself. Either way a pair of scans whose matches do not agree has no common anatomy, and
+    With ``consensus`` the scans' matches first agree on one smooth map, which places found near it correct, and a point is
+    looked for near where that takes it; without, every point for itself. Either way a pair of scans whose matches do not agree has no common anatomy, and
     is refused: single scores do not tell (strangers reach 0.85). Safe to use from many workers: files are opened per
     process.
 
@@ -289,8 +290,10 @@ class SamAligner:
         return self._match_by(self.pair_map(scan_q, scan_k), points_mm, query, key)
 
     def _match_one(self, scan_q: str, point_mm: np.ndarray, scan_k: str) -> Matches:
-        if not self.consensus or not np.all(np.isfinite(point_mm)):
+        if not self.consensus:
             return self.match(scan_q, point_mm, scan_k)
+        if not query_cells(np.reshape(point_mm, (1, 3)), self.embeddings[scan_q])[1][0]:
+            return Matches(np.full((1, 3), np.nan), np.array([REFUSED]))  # before a map is fitted for it
         pair = self._fit(scan_q, scan_k, point_mm)
         return self._match_by(pair, point_mm, self.embeddings[scan_q], self.embeddings[scan_k])
 

@@ -1,4 +1,4 @@
-"""One smooth map between two scans that many of their matches agree on, and points found near what it says.
+"""One smooth map between two scans that many of their matches agree on, corrected by places found near what it says.
 
 A single best match may be far off: left for right, one vertebra for the next. A few hundred of them, weighed by
 whether they come back, agree on an affine map (as SAM-affine of the same authors does: SAME, spec 2.5) and on how it
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from custom.landmarks.blocks import Blocks
-from custom.landmarks.near import match_roughly_near
+from custom.landmarks.near import ROUGH_NEAR_MM, match_roughly_near, outside_mm
 from custom.landmarks.scan_grid import cell_to_world
 from custom.landmarks.searchable import EmbeddingMap, Searchable, prepare_pair, query_cells
 
@@ -32,6 +32,7 @@ BEND_SIZE_MM, BEND_NOISE_MM = 20.0, 30.0  # how large it may be, and how far sin
 REFINED = 1024  # places of Q that are looked for near the map (ours; 512 answer a hundredth worse)
 REFINED_ABOUT = 64  # and of a map about one point (ours; 32 answer a hundredth worse)
 REFINED_ABOUT_MM = 50.0  # and the standard deviation of their distance from that point (ours)
+_TOGETHER = 4096  # points mapped at a time: bounds the memory of their nearness to the anchors
 REFINED_NOISE_MM = 5.0  # how far their answers scatter (ours)
 
 
@@ -57,7 +58,11 @@ class PairMap(NamedTuple):
     def __call__(self, points_mm: Array) -> Array:
         """(N, 3) mm of K for (N, 3) mm of Q."""
         points = np.asarray(points_mm, dtype=float)
-        return self._affine(points) + _nearness(points, self.anchors_mm) @ self.pull
+        found = self._affine(points)
+        for start in range(0, len(points), _TOGETHER):
+            some = slice(start, start + _TOGETHER)
+            found[some] += _nearness(points[some], self.anchors_mm) @ self.pull
+        return found
 
     def _affine(self, points: Array) -> Array:
         return (points - self.middle_q) @ self.matrix.T + self.middle_k
@@ -123,10 +128,11 @@ def refine_pair_map(
         ValueError: if the embeddings do not compare.
     """
     map_q, map_k = prepare_pair(embedding_q, embedding_k)
-    places = _places_of(map_q, None if about_mm is None else np.asarray(about_mm, dtype=float).reshape(3))
+    places = places_of(map_q, None if about_mm is None else np.asarray(about_mm, dtype=float).reshape(3))
     expected = pair(places)
     left = match_roughly_near(places, expected, map_q, map_k) - expected
-    known = np.isfinite(left).all(axis=1)
+    # near K's edge the search is one-sided, and off it every answer lies too far in
+    known = np.isfinite(left).all(axis=1) & (outside_mm(expected, map_k) <= -ROUGH_NEAR_MM)
     if not known.any():
         return pair
     places, left = places[known], left[known]
@@ -136,7 +142,7 @@ def refine_pair_map(
     )
 
 
-def _places_of(map_q: EmbeddingMap, about_mm: Array | None) -> Array:
+def places_of(map_q: EmbeddingMap, about_mm: Array | None) -> Array:
     """Places (n, 3) mm in the body of a scan, drawn evenly, or by nearness to a point."""
     rng = np.random.default_rng(0)
     if about_mm is not None:

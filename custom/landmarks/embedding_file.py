@@ -40,6 +40,7 @@ _SECTIONS = {
     "fine": "U8",
     "fine_largest": "U8",
 }
+_TOGETHER = 65_536  # cells packed at a time: bounds the memory of saving
 _DTYPES = {"I8": np.int8, "U8": np.uint8, "F16": np.float16, "F32": np.float32}
 
 
@@ -148,14 +149,9 @@ def save_embedding(
         "blocks_mm": blocks.points_mm.astype(np.float32),
         "body": np.packbits(body),
     }
-    # means as they will be read, so that what they were rounded by is made good, too
-    means = pooled_rows.astype(np.float32)
-    means /= row_lengths(means)[:, None]
-    means = means[(np.cumsum(used) - 1)[flat_index(np.argwhere(body) // 2, used.shape)]]
-    steps, largest = quantise_sized(rows[body] - means, levels_of(fine_bits))
-    means += steps * (largest_of(largest) / levels_of(fine_bits))[:, None]
-    cosines = np.einsum("nc,nc->n", rows[body], means) / row_lengths(means)
-    sections["fine"], sections["fine_largest"] = pack(steps, fine_bits), largest
+    sections["fine"], sections["fine_largest"], cosines = _pack_differences(
+        rows, body, pooled_rows, np.cumsum(used) - 1, fine_bits
+    )
     header = EmbeddingHeader(
         name=path.stem if name is None else name,
         weights_sha256=weights_sha256,
@@ -179,6 +175,30 @@ def save_embedding(
     finally:
         temporary.unlink(missing_ok=True)
     return Saved(path, path.stat().st_size, float(cosines.mean()), float(cosines.min()))
+
+
+def _pack_differences(
+    rows: NDArray[np.float32],
+    body: NDArray[np.bool_],
+    pooled_rows: NDArray[np.int8],
+    row_of_pooled: NDArray[np.int_],
+    bits: int,
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32]]:
+    """What the body's fine vectors differ by from their mean as it will be read: packed, its scale, and cosines to before."""
+    cells = np.argwhere(body)
+    size = tuple((n + 1) // 2 for n in body.shape)
+    parts = []
+    for some in np.array_split(cells, -(-len(cells) // _TOGETHER)):
+        wanted = rows[tuple(some.T)]
+        found = pooled_rows[row_of_pooled[flat_index(some // 2, (size[0], size[1], size[2]))]].astype(
+            np.float32
+        )
+        found /= row_lengths(found)[:, None]
+        steps, largest = quantise_sized(wanted - found, levels_of(bits))
+        found += steps * (largest_of(largest) / levels_of(bits))[:, None]
+        parts.append((pack(steps, bits), largest, np.einsum("nc,nc->n", wanted, found) / row_lengths(found)))
+    packed, scales, cosines = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return packed, scales, cosines
 
 
 def digest_of(sections: dict[str, NDArray[Any]]) -> str:

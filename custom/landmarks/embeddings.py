@@ -48,7 +48,7 @@ def embed_store(
         out: folder to write; made if missing.
         names: volumes to embed; None for all.
         threshold: the weights' calibrated score, kept with the embeddings unless the folder has its own.
-        fine_bits: see :func:`save_embedding`.
+        fine_bits: see :func:`save_embedding`; None leaves files of other bits as they are.
         slab: see :func:`custom.landmarks.sam.embed_scan`.
         overwrite: replace what was made with other weights or from other voxels.
         progress: show a bar.
@@ -202,7 +202,7 @@ def _needs_embedding(
             return True
         raise
     if header.weights_sha256 == weights and header.source_sha256 == source:
-        return header.fine_bits != bits_for(header.dim, fine_bits)
+        return fine_bits not in (None, header.fine_bits)
     if overwrite:
         return True
     what = "with other weights" if header.weights_sha256 != weights else "from a scan that has changed since"

@@ -152,7 +152,9 @@ class StoredEmbedding:
             :, None
         ]
         cells = np.stack(np.unravel_index(flat, self.grid), axis=-1)
-        vectors += self.pooled_vectors(flat_index(cells // 2, self.pooled_lattice.grid))
+        # eight of them share a mean
+        means, of_each = np.unique(flat_index(cells // 2, self.pooled_lattice.grid), return_inverse=True)
+        vectors += self.pooled_vectors(means)[of_each]
         return vectors
 
     def _fine_dot(self, index: NDArray | None, vector: NDArray) -> NDArray:
