@@ -168,7 +168,7 @@ def test_places_that_correct_a_map_lie_in_the_body():
     map_q = prepare(replace(scan, body=body))
     for about in (None, cell_to_world(np.array([[12, 12, 6]]), scan.affine, "fine")[0]):
         places = places_of(map_q, about)
-        assert (len(places) > 150) if about is None else (10 < len(places) <= 64)
+        assert len(places) == 240 if about is None else 5 < len(places) <= 64
         cells = np.rint(world_to_cell(places, scan.affine, "fine")).astype(int)
         off = np.linalg.norm(
             np.argwhere(body)[:, None] - world_to_cell(places, scan.affine, "fine"), axis=-1
