@@ -260,6 +260,7 @@ def drawing(folder: Path, store: Any, options: argparse.Namespace) -> None:
     answered: list[bool] = []
 
     def ours(aligner: SamAligner, new_scans: bool = False, first_time: bool = False) -> None:
+        agreed.few_map.cache_clear()  # pairs seldom meet twice
         if new_scans or first_time:  # nothing is kept of either, their files are opened anew
             agreed.blocks.cache_clear()
             agreed.embeddings._open.cache_clear()

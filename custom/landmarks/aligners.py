@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from custom.landmarks.consensus import ABOUT_EVEN, PairMap, fit_pair_map, refine_pair_map
+from custom.landmarks.consensus import FEW_ANCHORS, PairMap, fit_pair_map, refine_pair_map
 from custom.landmarks.embedding_folder import EmbeddingFolder
 from custom.landmarks.geometry import to_voxels, to_world
 from custom.landmarks.matching import Matches, match_points
@@ -256,7 +256,9 @@ class SamAligner:
         self._open()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("pair_map", "support", "blocks")}
+        return {
+            k: v for k, v in self.__dict__.items() if k not in ("pair_map", "few_map", "support", "blocks")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -265,8 +267,8 @@ class SamAligner:
     def align(self, scan_q: str, point_mm: np.ndarray, scan_k: str, rng: np.random.Generator) -> Match:
         """As :meth:`Aligner.align`; score -1 for a match refused; nan for a point off the body.
 
-        With consensus, a map is fitted about this one point: that costs less than one of the whole scans, and what a
-        pair of crops is does not depend on which pairs were drawn before.
+        With consensus, a map of few matches is corrected about this one point: that costs less than one of the whole
+        scans, and what a pair of crops is does not depend on which pairs were drawn before.
         """
         matches = self._match_one(scan_q, point_mm, scan_k)
         point, score = matches.points_mm[0], float(matches.scores[0])
@@ -294,8 +296,11 @@ class SamAligner:
             return self.match(scan_q, point_mm, scan_k)
         if not query_cells(np.reshape(point_mm, (1, 3)), self.embeddings[scan_q])[1][0]:
             return Matches(np.full((1, 3), np.nan), np.array([REFUSED]))  # before a map is fitted for it
-        pair = self._fit(scan_q, scan_k, point_mm)
-        return self._match_by(pair, point_mm, self.embeddings[scan_q], self.embeddings[scan_k])
+        query, key = self.embeddings[scan_q], self.embeddings[scan_k]
+        pair = self.few_map(scan_q, scan_k)
+        if pair.support >= self.min_support:  # else it is refused
+            pair = refine_pair_map(pair, query, key, about_mm=point_mm)
+        return self._match_by(pair, point_mm, query, key)
 
     def _match_by(
         self, pair: PairMap, points_mm: np.ndarray, query: StoredEmbedding, key: StoredEmbedding
@@ -306,18 +311,22 @@ class SamAligner:
 
     def _open(self) -> None:
         self.pair_map = functools.lru_cache(self.max_pairs)(self._fit)
+        self.few_map = functools.lru_cache(self.max_pairs)(self._fit_few)
         self.support = functools.lru_cache(100 * self.max_pairs)(self._agree)
         self.blocks = functools.lru_cache(16)(lambda name: self.embeddings[name].blocks)
 
-    def _fit(self, scan_q: str, scan_k: str, about_mm: np.ndarray | None = None) -> PairMap:
-        pair = fit_pair_map(self.blocks(scan_q), self.blocks(scan_k), about_mm=about_mm)
+    def _fit(self, scan_q: str, scan_k: str) -> PairMap:
+        pair = fit_pair_map(self.blocks(scan_q), self.blocks(scan_k))
         if pair.support < self.min_support:
             return pair  # to be refused
-        return refine_pair_map(pair, self.embeddings[scan_q], self.embeddings[scan_k], about_mm=about_mm)
+        return refine_pair_map(pair, self.embeddings[scan_q], self.embeddings[scan_k])
+
+    def _fit_few(self, scan_q: str, scan_k: str) -> PairMap:
+        return fit_pair_map(self.blocks(scan_q), self.blocks(scan_k), anchors=FEW_ANCHORS)
 
     def _agree(self, scan_q: str, scan_k: str) -> float:
         """Share of a few matches that agree on an affine map; the same few as :meth:`align` fits one by."""
-        return fit_pair_map(self.blocks(scan_q), self.blocks(scan_k), anchors=ABOUT_EVEN).support
+        return self.few_map(scan_q, scan_k).support
 
 
 def _refused(matches: Matches) -> Matches:

@@ -25,8 +25,7 @@ ANCHORS = (
 )
 CYCLE_MM = 24.0  # a match that comes back so far off counts half (one and a half blocks; ours)
 AGREE_MM = 20.0  # a match this near to the affine map supports it (ours)
-ABOUT, ABOUT_EVEN = 64, 128  # blocks about the one point that a map is for, and of the whole scan (ours)
-ABOUT_MM = 90.0  # and the standard deviation of their distance from it (ours)
+FEW_ANCHORS = 128  # of a map that is corrected about one point: more do not help there (ours)
 BEND_MM = 60.0  # over which the bending varies (ours)
 BEND_SIZE_MM, BEND_NOISE_MM = 20.0, 30.0  # how large it may be, and how far single matches scatter (ours)
 REFINED = 1024  # places of Q that are looked for near the map (ours; 512 answer a hundredth worse)
@@ -68,9 +67,7 @@ class PairMap(NamedTuple):
         return (points - self.middle_q) @ self.matrix.T + self.middle_k
 
 
-def fit_pair_map(
-    blocks_q: Blocks, blocks_k: Blocks, *, about_mm: ArrayLike | None = None, anchors: int | None = None
-) -> PairMap:
+def fit_pair_map(blocks_q: Blocks, blocks_k: Blocks, *, anchors: int = ANCHORS) -> PairMap:
     """The map that the matches of two scans agree on.
 
     Blocks of Q are matched to every second one of K, and back to every second one of Q (another one comes back 16 mm off at
@@ -80,20 +77,12 @@ def fit_pair_map(
     Args:
         blocks_q: of the scan that is asked.
         blocks_k: of the other.
-        about_mm: (3,), the one point of Q that the map is for: 64 anchors around it and 128 of the whole scan make it as
-            good there as nearly three times as many evenly drawn. None is for all points.
-        anchors: evenly drawn blocks of Q to match; by default 512, or 128 about a point.
+        anchors: evenly drawn blocks of Q to match.
 
     Returns:
-        The map; ask its ``support`` before trusting it: it counts evenly drawn anchors only.
+        The map; ask its ``support`` before trusting it.
     """
-    rng = np.random.default_rng(0)
-    count = anchors or (ANCHORS if about_mm is None else ABOUT_EVEN)
-    even = rng.permutation(len(blocks_q.vectors))[:count]
-    chosen = even
-    if about_mm is not None:
-        near = _blocks_near(np.asarray(about_mm, dtype=float), blocks_q.points_mm, rng)
-        chosen = np.r_[even, np.setdiff1d(near, even)]
+    chosen = np.random.default_rng(0).permutation(len(blocks_q.vectors))[:anchors]
     points_q = blocks_q.points_mm[chosen]
     there = (blocks_q.vectors[chosen] @ blocks_k.vectors[: blocks_k.alternate].T).argmax(axis=1)
     back = (blocks_k.vectors[there] @ blocks_q.vectors[: blocks_q.alternate].T).argmax(axis=1)
@@ -101,11 +90,9 @@ def fit_pair_map(
     cycle_mm = np.linalg.norm(blocks_q.points_mm[back] - points_q, axis=1)
     trust = 1 / (1 + (cycle_mm / CYCLE_MM) ** 2)
 
-    # the evenly drawn ones tell what the scans have in common; those about a point only how it bends there
-    whole = slice(len(even))
-    matrix, middle_q, middle_k = robust_affine(points_q[whole], points_k[whole], trust[whole])
+    matrix, middle_q, middle_k = robust_affine(points_q, points_k, trust)
     left = points_k - (points_q - middle_q) @ matrix.T - middle_k
-    support = float((np.linalg.norm(left[whole], axis=1) < AGREE_MM).mean())
+    support = float((np.linalg.norm(left, axis=1) < AGREE_MM).mean())
     pull = bend(points_q, left, trust, BEND_NOISE_MM)
     return PairMap(matrix, middle_q, middle_k, points_q, pull, support)
 
@@ -153,15 +140,6 @@ def places_of(map_q: EmbeddingMap, about_mm: Array | None) -> Array:
     cells = np.arange(np.prod(lattice.grid)) if lattice.outside is None else np.flatnonzero(~lattice.outside)
     chosen = np.stack(np.unravel_index(rng.permutation(cells)[:REFINED], lattice.grid), axis=-1)
     return cell_to_world(np.minimum(2 * chosen + 0.5, np.array(map_q.grid) - 1), map_q.affine, "fine")
-
-
-def _blocks_near(point_mm: Array, places_mm: Array, rng: np.random.Generator) -> Array:
-    """Blocks drawn by nearness to a point, without replacement."""
-    squared = ((places_mm - point_mm) ** 2).sum(axis=1)
-    # of exponential arrival times the first ones: rates fall off as a normal density does
-    arrival = np.log(rng.exponential(size=len(places_mm))) + squared / (2 * ABOUT_MM**2)
-    near: Array = np.argpartition(arrival, min(ABOUT, len(places_mm)) - 1)[:ABOUT]
-    return near
 
 
 def robust_affine(points_q: Array, points_k: Array, trust: Array) -> tuple[Array, Array, Array]:
