@@ -55,11 +55,11 @@ smoke: setup
 
 BUNDLE ?= alice_pretrain
 show: setup
-	@$(BIN)/python -m custom.release show bundles/$(BUNDLE)/configs/train.yaml
+	@$(BIN)/python -m custom.bundles.release show bundles/$(BUNDLE)/configs/train.yaml
 
 # zips, checksums, and models/model_info.json; RELEASE_URL=https://... where the zips will lie
 package: setup
-	$(BIN)/python -W ignore -m custom.release package dist $(RELEASE_URL)
+	$(BIN)/python -W ignore -m custom.bundles.release package dist $(RELEASE_URL)
 
 # both segmentation bundles in the real MONAI Label, over HTTP; its environment takes 4 GB. STUDIES=FOLDER for your own scans
 LABEL_VENV ?= .label-venv

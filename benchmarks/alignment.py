@@ -18,17 +18,18 @@ from pathlib import Path
 
 import numpy as np
 
-from custom.data.build import build_store
-from custom.data.store import VolumeStore
-from custom.landmarks.aligners import Aligner, make_aligner
-from custom.landmarks.embeddings import embed_store
-from custom.landmarks.geometry import to_world
-from custom.landmarks.known_warp import Warp, write_warped
-from custom.landmarks.label_transfer import label_transfer
-from custom.landmarks.measures import Figures, Row, ask, known_warp, truth_error
-from custom.landmarks.quality import draw_pairs
-from custom.landmarks.truth import phantom_truth
-from custom.landmarks.weights import load_sam_weights, read_sam_metadata
+from custom.data.store.build import build_store
+from custom.data.store.volume_store import VolumeStore
+from custom.landmarks.aligners.make import make_aligner
+from custom.landmarks.aligners.match import Aligner
+from custom.landmarks.embeddings.embed import embed_store
+from custom.landmarks.quality.check import draw_pairs
+from custom.landmarks.quality.known_warp import Warp, write_warped
+from custom.landmarks.quality.label_transfer import label_transfer
+from custom.landmarks.quality.measures import Figures, Row, ask, known_warp, truth_error
+from custom.landmarks.quality.truth import phantom_truth
+from custom.landmarks.sam.weights import load_sam_weights, read_sam_metadata
+from custom.space import to_world
 
 ALIGNERS = ("sam", "sam_nearest", "affine", "coordinate", "random")
 STATISTICS = ("mean", "median", "P90", "within 10 mm")

@@ -29,11 +29,11 @@ from monai.data import PersistentDataset
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, RandSpatialCropd
 from torch.utils.data import DataLoader, Dataset
 
-from custom.data.build import build_store
-from custom.data.phantom import make_phantom
-from custom.data.resample import resample
+from custom.data.grid.resample import resample
+from custom.data.phantom.cohort import make_phantom
 from custom.data.scans import Scan
-from custom.data.store import VolumeStore
+from custom.data.store.build import build_store
+from custom.data.store.volume_store import VolumeStore
 
 CROP = (192, 192, 64)
 SLICES = 200

@@ -29,11 +29,11 @@ import numpy as np
 from few_shot_plan import Plan, Run, finetune_words, predict_words, pretrain_words, read_plan, runs_of
 from tqdm import tqdm
 
-from custom.cli import export
+from custom.cli.weights import export
 from custom.data.scans import Scan, list_scans
-from custom.evaluation.datalists import case_name
-from custom.evaluation.rows import write_rows
-from custom.evaluation.scoring import plain_rule, score_folder
+from custom.evaluation.scores.rows import write_rows
+from custom.evaluation.scores.scoring import plain_rule, score_folder
+from custom.evaluation.splits.datalists import case_name
 from custom.files import write_text
 
 TOLERANCE_MM = 2.0  # of the NSD; that of alice score --rules plain

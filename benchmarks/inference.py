@@ -36,8 +36,8 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-from custom.transfer.bundle_network import Deployable, read_bundle
-from custom.transfer.deploy import OpenVINONetwork, export_network, sample_window
+from custom.bundles.deploy import OpenVINONetwork, export_network, sample_window
+from custom.bundles.network import Deployable, read_bundle
 from custom.transfer.encoder_weights import sha256_of
 
 Network = Callable[[Tensor], Tensor]

@@ -20,19 +20,19 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from custom.data.build import build_store
-from custom.data.pairs import window
-from custom.data.store import write_text
-from custom.landmarks.aligners import SamAligner
-from custom.landmarks.body_cells import body_cells
-from custom.landmarks.embedding_file import FORMAT, save_embedding
-from custom.landmarks.embedding_folder import INDEX, embedding_path
-from custom.landmarks.geometry import to_voxels, to_world
-from custom.landmarks.matching import Matches, match_points
-from custom.landmarks.sam import EMBEDDING_DIM
-from custom.landmarks.scan_grid import Level, ScanEmbedding, cell_to_world, world_to_cell
-from custom.landmarks.search import REFUSED, upsample
-from custom.landmarks.stored_embedding import StoredEmbedding
+from custom.data.grid.profiles import window
+from custom.data.store.build import build_store
+from custom.data.store.volume_store import write_text
+from custom.landmarks.aligners.sam import SamAligner
+from custom.landmarks.embeddings.file import FORMAT, save_embedding
+from custom.landmarks.embeddings.folder import INDEX, embedding_path
+from custom.landmarks.embeddings.stored import StoredEmbedding
+from custom.landmarks.matching.points import Matches, match_points
+from custom.landmarks.matching.search import REFUSED, upsample
+from custom.landmarks.sam.body_cells import body_cells
+from custom.landmarks.sam.network import EMBEDDING_DIM
+from custom.landmarks.sam.scan_grid import Level, ScanEmbedding, cell_to_world, world_to_cell
+from custom.space import to_voxels, to_world
 
 SPACING = (0.8, 0.8, 1.5)
 CROP = np.array([192, 192, 64])

@@ -25,16 +25,16 @@ from monai.networks.nets import ViT
 from monai.networks.nets.swin_unetr import SwinTransformer
 from torch import Tensor, nn
 
-from custom.alice.branch import StudentBranch
-from custom.alice.ema import EMA
-from custom.alice.losses import AliceLoss
-from custom.alice.schedules import decay_groups
 from custom.encoders.masked_swin import MaskedSwin
 from custom.encoders.masked_vit import MaskedViT
 from custom.encoders.masking import gather_visible, hidden_voxels, hide_tokens, visible_index
 from custom.encoders.nnformer import NNFormer
 from custom.encoders.tokens import SwinTokens, TokenEncoder, Tokens, ViTTokens, token_encoder
-from custom.evaluation.meter import count_flops, peak_live_bytes
+from custom.engine.cost import count_flops, peak_live_bytes
+from custom.engine.ema import EMA
+from custom.engine.schedules import decay_groups
+from custom.methods.alice.branch import StudentBranch
+from custom.methods.alice.losses import AliceLoss
 
 CROPS = {"96": (96, 96, 96), "192": (192, 192, 64)}
 

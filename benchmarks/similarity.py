@@ -21,18 +21,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from custom.alice.branch import StudentBranch
-from custom.alice.losses import AliceLoss
-from custom.alice.monitors import Monitors
-from custom.alice.schedules import decay_groups
-from custom.alice.trainer import AliceTrainer, Schedule
-from custom.data.pairs import PairDataset, pair_loader
-from custom.data.store import VolumeStore
-from custom.data.views import MaskedBatch, Masking, TargetView
+from custom.data.store.volume_store import VolumeStore
 from custom.encoders.masked_vit import MaskedViT
 from custom.encoders.tokens import token_encoder
+from custom.engine.loader import pair_loader
+from custom.engine.monitors import Monitors
+from custom.engine.schedules import decay_groups
+from custom.engine.trainer import AliceTrainer, Schedule
 from custom.evaluation.probe import EncoderProbe
-from custom.landmarks.aligners import Match, make_aligner
+from custom.landmarks.aligners.make import make_aligner
+from custom.landmarks.aligners.match import Match
+from custom.methods.alice.branch import StudentBranch
+from custom.methods.alice.losses import AliceLoss
+from custom.methods.pairs import PairDataset
+from custom.methods.views import MaskedBatch, Masking, TargetView
 
 CROP, PATCH, WINDOW = (48, 32, 48), 8, (-175.0, 250.0)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from custom.encoders.masked_swin import MaskedSwin, VisibleFeatures
 from custom.encoders.masking import hide_tokens
-from custom.evaluation.meter import count_flops, peak_live_bytes
+from custom.engine.cost import count_flops, peak_live_bytes
 
 Encode = Callable[[MaskedSwin, Tensor], object]
 

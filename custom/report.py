@@ -25,6 +25,7 @@ from matplotlib.spines import Spine
 from matplotlib.text import Text
 from numpy.typing import ArrayLike
 
+from custom.errors import AliceError
 from custom.files import write_text
 
 # Told apart by most colour-blind eyes, and legible on both papers (ours).
@@ -70,7 +71,7 @@ class Page:
         """
         for index, row in enumerate(rows):
             if len(row) != len(headers):
-                raise ValueError(
+                raise AliceError(
                     f"Row {index} has {len(row)} cells under {len(headers)} headers: {list(row)}."
                 )
         cells = [[_cell(value) for value in row] for row in rows]
@@ -177,12 +178,12 @@ def _reinked(figure: Figure, ink: str) -> list[tuple[Any, Any]]:
 def _photo(array: ArrayLike, caption: str, alt: str) -> dict[str, Any]:
     pixels = np.asarray(array)
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)) or not pixels.size:
-        raise ValueError(
+        raise AliceError(
             f"A picture is (H, W) or (H, W, 3), got shape {pixels.shape}; choose a slice of the volume."
         )
     if pixels.dtype != np.uint8:
         if not np.isfinite(pixels.astype(float)).all():
-            raise ValueError(
+            raise AliceError(
                 "A picture has nan or infinite pixels; replace them, with np.nan_to_num for example."
             )
         pixels = np.round(np.clip(pixels.astype(float), 0, 1) * 255).astype(np.uint8)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from custom.data.build import build_store
-from custom.data.store import VolumeStore
+from custom.data.store.build import build_store
+from custom.data.store.volume_store import VolumeStore
 
 torch.set_num_threads(min(torch.get_num_threads(), 2))
 REPO = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from custom.data.reasons import Reason
+from custom.data.formats.reasons import Reason
 
 SHAPE, SPACING = (37, 41, 23), (3.0, 3.1, 4.0)
 DAMAGES: dict[str, Damage] = {}

@@ -10,24 +10,22 @@ import pytest
 import torch
 from test_matching import waves
 
-from custom import cli
-from custom.data.pairs import PairDataset, pair_loader
-from custom.data.store import VolumeStore
-from custom.landmarks.aligners import (
-    Aligner,
-    SamAligner,
-    calibrate_threshold,
-    make_aligner,
-    register_affine,
-)
-from custom.landmarks.consensus import fit_pair_map
-from custom.landmarks.embedding_file import EmbeddingError
-from custom.landmarks.embedding_folder import EmbeddingFolder
-from custom.landmarks.embeddings import embed_store
-from custom.landmarks.geometry import to_world
-from custom.landmarks.sam import SAM, SAMMaps
-from custom.landmarks.scan_grid import CENTRES_ZYX, STRIDES_ZYX
-from custom.landmarks.weights import save_sam
+from custom.cli import main as cli
+from custom.data.store.volume_store import VolumeStore
+from custom.engine.loader import pair_loader
+from custom.landmarks.aligners.affine import register_affine
+from custom.landmarks.aligners.make import make_aligner
+from custom.landmarks.aligners.match import Aligner
+from custom.landmarks.aligners.sam import SamAligner, calibrate_threshold
+from custom.landmarks.embeddings.embed import embed_store
+from custom.landmarks.embeddings.file import EmbeddingError
+from custom.landmarks.embeddings.folder import EmbeddingFolder
+from custom.landmarks.matching.pair_map import fit_pair_map
+from custom.landmarks.sam.network import SAM, SAMMaps
+from custom.landmarks.sam.scan_grid import CENTRES_ZYX, STRIDES_ZYX
+from custom.landmarks.sam.weights import save_sam
+from custom.methods.pairs import PairDataset
+from custom.space import to_world
 
 WEIGHTS = "a" * 64
 
@@ -84,12 +82,12 @@ def test_maps_are_corrected_unless_they_are_refused(store, embeddings, monkeypat
     assert len(strict.pair_map("case0", "case1").anchors_mm) == len(first.anchors_mm)
     rng, points = np.random.default_rng(0), [body_point(store, "case0", i) for i in range(100, 2000, 200)]
     corrected = [aligner.align("case0", p, "case1", rng).point_mm for p in points]
-    monkeypatch.setattr("custom.landmarks.aligners.refine_pair_map", lambda pair, *_, **__: pair)
+    monkeypatch.setattr("custom.landmarks.aligners.make.refine_pair_map", lambda pair, *_, **__: pair)
     assert not np.allclose(corrected, [aligner.align("case0", p, "case1", rng).point_mm for p in points])
 
 
 def test_no_map_is_fitted_for_a_point_off_the_body(store, embeddings, monkeypatch):
-    monkeypatch.setattr("custom.landmarks.aligners.fit_pair_map", None)
+    monkeypatch.setattr("custom.landmarks.aligners.make.fit_pair_map", None)
     for point in (np.full(3, np.nan), np.full(3, 1e4)):
         match = SamAligner(store, embeddings).align("case0", point, "case1", np.random.default_rng(0))
         assert match.score == -1

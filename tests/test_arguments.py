@@ -3,12 +3,12 @@ import re
 
 import pytest
 
-from custom.cli import COMMANDS
+from custom.cli.main import COMMANDS
 from custom.data.arguments import number, voxel_size, whole_number
-from custom.data.build import build_store
-from custom.data.chunked import StoreError
-from custom.data.manifest import scan_folder
-from custom.data.manifest_file import Manifest, ManifestError
+from custom.data.errors import ManifestError, StoreError
+from custom.data.intake.manifest import Manifest
+from custom.data.intake.scan_folder import scan_folder
+from custom.data.store.build import build_store
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,15 @@ import pytest
 import torch
 from conftest import TINY_VIT
 
-from custom.alice.branch import ALIGNMENTS, StudentBranch
-from custom.alice.casa import CASA, OfficialCASA
-from custom.alice.ema import EMA
-from custom.alice.heads import ProjectionHead
-from custom.alice.losses import AliceLoss
 from custom.encoders.features import FeatureMap
 from custom.encoders.masked_vit import MaskedViT
 from custom.encoders.masking import hide_tokens
 from custom.encoders.tokens import token_encoder
+from custom.engine.ema import EMA
+from custom.methods.alice.branch import ALIGNMENTS, StudentBranch
+from custom.methods.alice.casa import CASA, OfficialCASA
+from custom.methods.alice.losses import AliceLoss
+from custom.methods.heads import ProjectionHead
 
 
 def branch(**kwargs):

@@ -17,11 +17,11 @@ from conftest import REPO, write_scan
 from monai.bundle import ConfigParser
 from monai.networks.nets import UNETR, SwinUNETR
 
-from custom.alice.checkpoint import checkpoints_of, load_checkpoint
-from custom.alice.run_folder import load_run
-from custom.alice.run_log import read_log
+from custom.bundles.preflight import check_keys
 from custom.encoders.nnformer import NNFormer
-from custom.preflight import check_keys
+from custom.engine.checkpoint import checkpoints_of, load_checkpoint
+from custom.engine.run_log import read_log
+from custom.methods.run_folder import load_run
 from custom.transfer.encoder_weights import load_encoder, read_weights
 
 BUNDLE = REPO / "bundles" / "alice_pretrain"
@@ -87,7 +87,7 @@ def test_a_run_leaves_checkpoints_log_and_an_encoder_for_stock_unetr(finished, t
         [
             sys.executable,
             "-m",
-            "custom.cli",
+            "custom.cli.main",
             "export",
             str(finished),
             "--to",
@@ -104,12 +104,17 @@ def test_a_run_leaves_checkpoints_log_and_an_encoder_for_stock_unetr(finished, t
 
 
 def test_chores_on_a_run_work_from_the_command_line(finished, tmp_path):
-    done = run([sys.executable, "-m", "custom.cli", "probe", str(finished)], cwd=tmp_path)
+    done = run([sys.executable, "-m", "custom.cli.main", "probe", str(finished)], cwd=tmp_path)
     rows = json.loads(done.stdout.strip().splitlines()[-1])
     assert set(rows) == {"untrained", "step 6"} and 0 <= rows["step 6"]["retrieval"] <= 1
-    run([sys.executable, "-m", "custom.cli", "picture", str(finished), str(tmp_path / "p.png")], cwd=tmp_path)
+    run(
+        [sys.executable, "-m", "custom.cli.main", "picture", str(finished), str(tmp_path / "p.png")],
+        cwd=tmp_path,
+    )
     assert (tmp_path / "p.png").stat().st_size > 10_000
-    refused = run([sys.executable, "-m", "custom.cli", "export", str(tmp_path)], cwd=tmp_path, check=False)
+    refused = run(
+        [sys.executable, "-m", "custom.cli.main", "export", str(tmp_path)], cwd=tmp_path, check=False
+    )
     assert refused.returncode == 1 and refused.stderr.strip().endswith(
         f"(looked into {tmp_path / 'checkpoints'})."
     )
@@ -121,7 +126,7 @@ def test_a_profile_says_where_a_steps_time_goes(scans, finished, tmp_path):
     words = [
         sys.executable,
         "-m",
-        "custom.cli",
+        "custom.cli.main",
         "profile",
         files,
         "--steps",
@@ -310,7 +315,15 @@ def test_inference_turns_a_scan_into_a_placed_feature_map(finished, tmp_path):
     write_scan(tmp_path / "scans" / "one.nii.gz", 3)
     (tmp_path / "scans" / "one_label.nii.gz").unlink()
     run(
-        [sys.executable, "-m", "custom.cli", "export", str(finished), "--to", str(tmp_path / "model.pt")],
+        [
+            sys.executable,
+            "-m",
+            "custom.cli.main",
+            "export",
+            str(finished),
+            "--to",
+            str(tmp_path / "model.pt"),
+        ],
         cwd=tmp_path,
     )
     words = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(CONFIGS / "inference.yaml"), "--dataset_dir", str(tmp_path / "scans"),
@@ -414,7 +427,7 @@ def test_every_network_pre_trains_exports_and_loads(scans, finished, tmp_path, c
         [
             sys.executable,
             "-m",
-            "custom.cli",
+            "custom.cli.main",
             "export",
             str(tmp_path / "run"),
             "--to",

@@ -3,7 +3,8 @@ import contextlib
 import numpy as np
 import pytest
 
-from custom.data.chunked import ArrayWriter, ChunkedArray, StoreError, write_array
+from custom.data.errors import StoreError
+from custom.data.store.chunked_array import ArrayWriter, ChunkedArray, write_array
 
 
 @pytest.fixture

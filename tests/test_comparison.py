@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from test_report import EVIL, Elements, pixels
 
-from custom.cli import compare as compare_command
-from custom.evaluation.comparison import compare_runs
-from custom.evaluation.comparison_page import comparison_page
-from custom.evaluation.metrics import case_rows
-from custom.evaluation.overlays import Overlay
-from custom.evaluation.rows import write_rows
-from custom.evaluation.rules import plain_rule
-from custom.evaluation.run_files import read_run
-from custom.evaluation.scoring import score_folder
-from custom.evaluation.statistics import compare
-from custom.evaluation.worst_cases import Pictures, worst_overlays
+from custom.cli.scores import compare as compare_command
+from custom.evaluation.compare.comparison import compare_runs
+from custom.evaluation.compare.overlays import Overlay
+from custom.evaluation.compare.page import comparison_page
+from custom.evaluation.compare.run_files import read_run
+from custom.evaluation.compare.worst_cases import Pictures, worst_overlays
+from custom.evaluation.scores.metrics import case_rows
+from custom.evaluation.scores.rows import write_rows
+from custom.evaluation.scores.rules import plain_rule
+from custom.evaluation.scores.scoring import score_folder
+from custom.evaluation.statistics.statistics import compare
 
 TWO = plain_rule(("liver", "spleen"), 2.0)
 

@@ -9,13 +9,19 @@ import pytest
 import torch
 from test_matching import structured, waves
 
-from custom.landmarks.aligners import MIN_SUPPORT
-from custom.landmarks.blocks import make_blocks
-from custom.landmarks.consensus import PairMap, fit_pair_map, places_of, refine_pair_map, robust_affine
-from custom.landmarks.matching import match_points
-from custom.landmarks.near import match_near
-from custom.landmarks.scan_grid import STRIDES_ZYX, ScanEmbedding, cell_to_world, world_to_cell
-from custom.landmarks.searchable import prepare
+from custom.landmarks.aligners.sam import MIN_SUPPORT
+from custom.landmarks.embeddings.blocks import make_blocks
+from custom.landmarks.embeddings.embedding_map import prepare
+from custom.landmarks.matching.near import match_near
+from custom.landmarks.matching.pair_map import (
+    PairMap,
+    fit_pair_map,
+    places_of,
+    refine_pair_map,
+    robust_affine,
+)
+from custom.landmarks.matching.points import match_points
+from custom.landmarks.sam.scan_grid import STRIDES_ZYX, ScanEmbedding, cell_to_world, world_to_cell
 
 SHAPE = (96, 80, 64)  # voxels of 2 mm along x, y, z
 AFFINE = np.diag([-2.0, -2.0, 2.0, 1.0])

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from conftest import write_scan
 
-import custom.data.convert as module
-from custom.data.build import build_store
-from custom.data.scans import ScanError
-from custom.data.store import StoreError, VolumeStore
-from custom.landmarks.geometry import to_voxels, to_world
+import custom.data.store.convert as module
+from custom.data.errors import ScanError
+from custom.data.store.build import build_store
+from custom.data.store.volume_store import StoreError, VolumeStore
+from custom.space import to_voxels, to_world
 
 SPACING = (2.1, 2.7, 3.3)
 
@@ -112,7 +112,7 @@ def test_what_a_build_needs_is_told_and_a_small_disk_is_refused_before_anything_
     turned, tmp_path, monkeypatch, caplog
 ):
     usage = type("Usage", (), {"free": 1000})()
-    monkeypatch.setattr("custom.data.needs.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("custom.data.store.needs.shutil.disk_usage", lambda path: usage)
     with pytest.raises(StoreError, match=r"needs up to .* has 0 MB free.*check_disk=False"):
         build_store(turned, tmp_path / "s", SPACING, progress=False)
     assert not (tmp_path / "s").exists()

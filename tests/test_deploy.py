@@ -15,11 +15,11 @@ from monai.inferers import sliding_window_inference
 from monai.networks.nets import UNETR, SwinUNETR
 from torch import nn
 
-from custom import cli
-from custom.preflight import check_keys
-from custom.transfer import deploy
-from custom.transfer.bundle_network import BundleError, Deployable, read_bundle
-from custom.transfer.deploy import DeployError, OpenVINONetwork, compare, export_network, sample_window
+from custom.bundles import deploy
+from custom.bundles.deploy import DeployError, OpenVINONetwork, compare, export_network, sample_window
+from custom.bundles.network import BundleError, Deployable, read_bundle
+from custom.bundles.preflight import check_keys
+from custom.cli import main as cli
 from custom.transfer.encoder_weights import WeightsError, sha256_of
 
 ROI = (32, 48, 16)

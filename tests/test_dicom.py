@@ -8,11 +8,11 @@ import pytest
 from damage import SHAPE, at, dicom_bytes, element, good_volume, write_series
 from scipy import ndimage
 
-from custom.data.dicom import read_series
-from custom.data.dicom_header import read_header
-from custom.data.dicom_series import sort_series
-from custom.data.reasons import Fault, Reason
-from custom.data.scans import ScanError
+from custom.data.errors import ScanError
+from custom.data.formats.dicom_header import read_header
+from custom.data.formats.dicom_series import sort_series
+from custom.data.formats.dicom_volume import read_series
+from custom.data.formats.reasons import Fault, Reason
 
 
 def headers(folder, change=None, **changes):

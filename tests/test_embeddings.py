@@ -11,21 +11,21 @@ import torch
 from test_aligners import CentredWaves
 from test_matching import points_inside, structured
 
-from custom.cli import embed
-from custom.data.store import VolumeStore
-from custom.landmarks.body_cells import body_cells
-from custom.landmarks.embedding_file import EmbeddingError, save_embedding
-from custom.landmarks.embedding_folder import EmbeddingFolder, embedding_path
-from custom.landmarks.embeddings import embed_folder, embed_store
-from custom.landmarks.matching import match_points
-from custom.landmarks.near import match_near
-from custom.landmarks.packing import levels_of, pack, quantise, unpack
-from custom.landmarks.sam import SAM, embed_scan
-from custom.landmarks.scan_grid import ScanEmbedding
-from custom.landmarks.searchable import prepare
-from custom.landmarks.stored_embedding import StoredEmbedding
+from custom.cli.landmarks import embed
+from custom.data.store.volume_store import VolumeStore
+from custom.landmarks.embeddings.embed import embed_folder, embed_store
+from custom.landmarks.embeddings.embedding_map import prepare
+from custom.landmarks.embeddings.file import EmbeddingError, save_embedding
+from custom.landmarks.embeddings.folder import EmbeddingFolder, embedding_path
+from custom.landmarks.embeddings.packing import levels_of, pack, quantise, unpack
+from custom.landmarks.embeddings.stored import StoredEmbedding
+from custom.landmarks.matching.near import match_near
+from custom.landmarks.matching.points import match_points
+from custom.landmarks.sam.body_cells import body_cells
+from custom.landmarks.sam.network import SAM, embed_scan
+from custom.landmarks.sam.scan_grid import ScanEmbedding
+from custom.landmarks.sam.weights import save_sam
 from custom.landmarks.structural import structural_match
-from custom.landmarks.weights import save_sam
 
 WEIGHTS = "a" * 64
 

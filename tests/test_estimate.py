@@ -7,10 +7,11 @@ import fsspec
 import pytest
 from conftest import REPO
 
-from custom.data.manifest import scan_folder
-from custom.estimate import MEASURED, MODELLED, UNKNOWN, dry_run, estimate, to_json
-from custom.estimate_data import MadeUpPairs, folder_bytes, scans_of
-from custom.preflight import ConfigKeyError, plain_message
+from custom.bundles.estimate import MEASURED, MODELLED, UNKNOWN, dry_run, estimate, to_json
+from custom.bundles.estimate_data import MadeUpPairs, folder_bytes, scans_of
+from custom.bundles.preflight import ConfigKeyError
+from custom.data.intake.scan_folder import scan_folder
+from custom.errors import plain_message
 
 CONFIGS = REPO / "bundles" / "alice_pretrain" / "configs"
 SMALL = {
@@ -84,7 +85,7 @@ def test_a_folder_is_told_by_its_headers_and_a_store_by_its_bytes(scans, store, 
 def test_a_checkpoint_has_the_modelled_size(tmp_path):
     from monai.bundle import ConfigParser
 
-    from custom.alice.checkpoint import save_checkpoint
+    from custom.engine.checkpoint import save_checkpoint
 
     made = estimate(files(), SMALL, measure=False)
     parser = ConfigParser()

@@ -10,8 +10,8 @@ import pytest
 from conftest import REPO
 from monai.bundle import ConfigParser
 
-from custom.evaluation.rows import write_rows
-from custom.preflight import check_keys
+from custom.bundles.preflight import check_keys
+from custom.evaluation.scores.rows import write_rows
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 import few_shot

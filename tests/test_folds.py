@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from custom.evaluation.folds import few_shot, split_folds, train_and_held_back
+from custom.evaluation.splits.folds import few_shot, split_folds, train_and_held_back
 
 RECORDS = [
     {"patient": f"p{index // 2:02d}", "image": f"scan{index:02d}.nii.gz"} for index in range(46)

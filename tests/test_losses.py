@@ -6,15 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from custom.alice.branch import StudentOutput
-from custom.alice.losses import (
-    AliceLoss,
-    cosine_distance,
-    empty_patches,
-    normalise_patches,
-    patchify,
-    unpatchify,
-)
+from custom.encoders.patches import empty_patches, normalise_patches, patchify, unpatchify
+from custom.methods.alice.branch import StudentOutput
+from custom.methods.alice.losses import AliceLoss
+from custom.methods.terms import cosine_distance
 
 PATCH = (2, 2, 2)
 

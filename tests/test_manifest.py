@@ -28,16 +28,18 @@ from damage import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from custom.data import manifest_file, work
-from custom.data.examine import run_job
-from custom.data.fingerprint import near_pairs
-from custom.data.intake import open_scan
-from custom.data.intake_page import intake_page
-from custom.data.manifest import Manifest, ManifestError, exit_code, scan_folder, summary
-from custom.data.names import name_all
-from custom.data.reasons import ACCEPTED, REJECTED, WARNED, Reason
-from custom.data.records import PROFILES, Job, Rules, ScanRecord
-from custom.data.scans import ScanError
+from custom.cli.scan_summary import summary
+from custom.data.errors import ScanError
+from custom.data.formats.open_scan import open_scan
+from custom.data.formats.reasons import ACCEPTED, REJECTED, WARNED, Reason
+from custom.data.intake import manifest as manifest_file
+from custom.data.intake import work
+from custom.data.intake.examine import run_job
+from custom.data.intake.fingerprint import near_pairs
+from custom.data.intake.names import name_all
+from custom.data.intake.records import PROFILES, Job, Rules, ScanRecord
+from custom.data.intake.scan_folder import Manifest, ManifestError, exit_code, scan_folder
+from custom.data.scan_page import intake_page
 
 SEEDS = Path(__file__).parent / "seeds"
 KEEPS_ONE = {"the_same_in_two_formats", "the_same_with_noise", "series_twice"}  # of two good scans, one stays

@@ -26,7 +26,7 @@ from monai.networks.nets.swin_unetr import (
 from custom.encoders.masked_swin import ATTENTION, MaskedSwin, VisibleFeatures, to_grid
 from custom.encoders.masking import hidden_voxels, hide_tokens, refine_mask
 from custom.encoders.window_plan import bucket_lengths, plan_for
-from custom.evaluation.meter import count_flops, peak_live_bytes
+from custom.engine.cost import count_flops, peak_live_bytes
 
 TINY = {
     "in_chans": 1,

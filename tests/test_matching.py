@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from custom.landmarks import searchable
-from custom.landmarks.matching import cycle_error, match_points
-from custom.landmarks.scan_grid import ScanEmbedding, cell_to_world
-from custom.landmarks.search import upsample
-from custom.landmarks.searchable import coarse_vectors, inside_grid, prepare
+from custom.landmarks.embeddings import embedding_map as searchable
+from custom.landmarks.embeddings.embedding_map import coarse_vectors, inside_grid, prepare
+from custom.landmarks.matching.points import cycle_error, match_points
+from custom.landmarks.matching.search import upsample
+from custom.landmarks.sam.scan_grid import ScanEmbedding, cell_to_world
 from custom.landmarks.structural import carry_across, structural_match
 
 SHAPE = (59, 47, 43)  # voxels x, y, z of the 2 mm grid; 43 slices leave the last without a cell

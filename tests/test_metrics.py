@@ -8,9 +8,9 @@ import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
 from custom import files
-from custom.evaluation.metrics import btcv_scores, case_rows, dice, flare_scores, hd95, nsd
-from custom.evaluation.rows import read_rows, write_rows
-from custom.evaluation.rules import BTCV_ORGANS, FLARE22, FLARE22_ORGANS, ScoringRule, plain_rule
+from custom.evaluation.scores.metrics import btcv_scores, case_rows, dice, flare_scores, hd95, nsd
+from custom.evaluation.scores.rows import read_rows, write_rows
+from custom.evaluation.scores.rules import BTCV_ORGANS, FLARE22, FLARE22_ORGANS, ScoringRule, plain_rule
 
 SPACING = (0.7, 1.3, 2.9)
 SHAPE = (17, 13, 11)
@@ -376,6 +376,6 @@ def test_more_refusals(tmp_path: Path):
 
 
 def test_phantoms_are_labelled_in_the_order_that_is_scored():
-    from custom.data.phantom import FLARE_ORGANS
+    from custom.data.phantom.cohort import FLARE_ORGANS
 
     assert tuple(FLARE_ORGANS) == tuple(FLARE22_ORGANS)

@@ -11,9 +11,11 @@ from scipy import ndimage
 from test_consensus import AFFINE, MIDDLE_MM, across, embedding, some_points
 from test_matching import structured
 
-from custom.landmarks.embedding_file import save_embedding
-from custom.landmarks.lattice import pool
-from custom.landmarks.near import (
+from custom.landmarks.embeddings.embedding_map import prepare, query_cells
+from custom.landmarks.embeddings.file import save_embedding
+from custom.landmarks.embeddings.lattice import pool
+from custom.landmarks.embeddings.stored import StoredEmbedding
+from custom.landmarks.matching.near import (
     FINE_SHARE,
     NEAR_MM,
     ROUGH_NEAR_MM,
@@ -21,9 +23,7 @@ from custom.landmarks.near import (
     match_near,
     match_roughly_near,
 )
-from custom.landmarks.scan_grid import ScanEmbedding, cell_to_world, world_to_cell
-from custom.landmarks.searchable import prepare, query_cells
-from custom.landmarks.stored_embedding import StoredEmbedding
+from custom.landmarks.sam.scan_grid import ScanEmbedding, cell_to_world, world_to_cell
 
 
 @pytest.fixture(scope="module")

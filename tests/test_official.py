@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from custom.encoders.nnformer import NNFormer
-from custom.landmarks.sam import SAM
+from custom.landmarks.sam.network import SAM
 from custom.transfer.official import (
     load_alice_nnformer,
     load_sam,

@@ -1,7 +1,13 @@
 import numpy as np
 import pytest
 
-from custom.evaluation.overlays import Overlay, axial_overlay, field_around, overlay_pictures, worst_slice
+from custom.evaluation.compare.overlays import (
+    Overlay,
+    axial_overlay,
+    field_around,
+    overlay_pictures,
+    worst_slice,
+)
 
 
 def test_overlay_shows_the_patients_right_on_the_left_and_front_on_top():

@@ -5,10 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from custom.data.pairs import PairDataset, RankedBatches, hold_back, pair_loader, window
-from custom.data.views import MaskedBatch, Masking, TargetView
-from custom.landmarks.aligners import CoordinateAligner, Match, make_aligner
-from custom.landmarks.geometry import to_voxels, to_world
+from custom.data.grid.profiles import window
+from custom.engine.loader import RankedBatches, pair_loader
+from custom.landmarks.aligners.make import make_aligner
+from custom.landmarks.aligners.match import Match
+from custom.landmarks.aligners.simple import CoordinateAligner
+from custom.methods.pairs import PairDataset
+from custom.methods.split import hold_back
+from custom.methods.views import MaskedBatch, Masking, TargetView
+from custom.space import to_voxels, to_world
 
 CROP = (16, 12, 8)
 
@@ -233,9 +238,9 @@ def test_masks_follow_the_sample_not_the_batch():
 def test_a_program_ends_though_workers_are_left_that_do_not_hear_its_signal(store):
     code = (
         "import sys, torch\n"
-        "from custom.data.pairs import PairDataset, pair_loader\n"
-        "from custom.data.store import VolumeStore\n"
-        "from custom.landmarks.aligners import make_aligner\n"
+        "from custom.methods.pairs import PairDataset, pair_loader\n"
+        "from custom.data.store.volume_store import VolumeStore\n"
+        "from custom.landmarks.aligners.make import make_aligner\n"
         "store = VolumeStore(sys.argv[1])\n"
         "loader = pair_loader(PairDataset(store, make_aligner('random', store), (16, 16, 16)), 1, 1000, workers=2)\n"
         "sys.kept = iter(loader)\n"  # lives to the very end

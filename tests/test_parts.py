@@ -3,10 +3,11 @@ import json
 import pytest
 from conftest import write_scan
 
-from custom.data.build import build_part, build_store
-from custom.data.parts import parse, share
-from custom.data.scans import ScanError, list_scans
-from custom.data.store import StoreError, VolumeStore
+from custom.data.errors import ScanError
+from custom.data.scans import list_scans
+from custom.data.store.build import build_part, build_store
+from custom.data.store.parts import parse, share
+from custom.data.store.volume_store import StoreError, VolumeStore
 
 SPACING = (6.0, 6.0, 8.0)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_erosion, gaussian_filter
 
-from custom.data.phantom import (
+from custom.data.phantom.cohort import (
     FLARE_ORGANS,
     PHASES,
     Phantom,
@@ -16,7 +16,7 @@ from custom.data.phantom import (
     read_canonical,
     write_cohort,
 )
-from custom.data.phantom_shapes import BTCV_ORGANS
+from custom.data.phantom.shapes import BTCV_ORGANS
 
 SEEDS = (0, 1, 2, 3)
 VOLUMES_ML = {  # loose: the adult ranges of the specification, wider where thin organs meet 4 mm voxels

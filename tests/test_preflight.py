@@ -3,9 +3,11 @@ import sys
 
 import pytest
 
-from custom.data.scans import ScanError, list_scans
-from custom.data.store import StoreError
-from custom.preflight import ConfigKeyError, check_keys, command_line, plain_message, preflight
+from custom.bundles.preflight import ConfigKeyError, check_keys, command_line, preflight
+from custom.data.errors import ScanError
+from custom.data.scans import list_scans
+from custom.data.store.volume_store import StoreError
+from custom.errors import plain_message
 
 COMPLETE = {
     "lr": 1.0,
@@ -45,7 +47,7 @@ def test_misspelt_keys_are_named_with_what_was_meant(key, message):
 
 
 def test_a_new_argument_must_be_one_that_the_object_takes():
-    config = {"head": {"_target_": "custom.alice.heads.ProjectionHead", "width": 3}}
+    config = {"head": {"_target_": "custom.methods.heads.ProjectionHead", "width": 3}}
     check_keys(config, {"head::bottleneck": 8}, "here")
     with pytest.raises(ConfigKeyError, match="'head::botleneck' is no setting.*mean 'bottleneck'"):
         check_keys(config, {"head::botleneck": 8}, "here")
@@ -76,12 +78,14 @@ def test_only_our_own_errors_are_said_in_one_line(tmp_path):
 
 def test_an_error_that_a_loaders_worker_passed_on_is_said_in_one_line():
     text = "Caught StoreError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
-    passed_on = StoreError(text + "custom.data.store.StoreError: a.b2nd: damaged. Build it again.\n")
+    passed_on = StoreError(
+        text + "custom.data.store.volume_store.StoreError: a.b2nd: damaged. Build it again.\n"
+    )
     assert plain_message(passed_on) == "a.b2nd: damaged. Build it again."
 
 
 def test_an_uncaught_error_of_ours_ends_a_program_with_one_line():
-    code = "from custom.preflight import speak_plainly; speak_plainly(); from custom.data.scans import list_scans; list_scans('/nowhere')"
+    code = "from custom.bundles.preflight import speak_plainly; speak_plainly(); from custom.data.scans import list_scans; list_scans('/nowhere')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().splitlines() == [
         "alice: /nowhere: no such folder or datalist. Set dataset_dir to a folder of scans or a JSON."

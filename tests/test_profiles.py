@@ -2,13 +2,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from custom.data.build import build_store
-from custom.data.manifest import scan_folder
-from custom.data.pairs import PairDataset
-from custom.data.profiles import ProfileError, profile_of, require_ct, to_hu, window_of
-from custom.data.scans import ScanError
-from custom.landmarks.aligners import CoordinateAligner
-from custom.landmarks.views import ViewPairs
+from custom.data.errors import ScanError
+from custom.data.grid.profiles import ProfileError, profile_of, require_ct, to_hu, window_of
+from custom.data.intake.scan_folder import scan_folder
+from custom.data.store.build import build_store
+from custom.landmarks.aligners.simple import CoordinateAligner
+from custom.landmarks.training.view_pairs import ViewPairs
+from custom.methods.pairs import PairDataset
 
 SPACING = (3.0, 3.0, 4.0)
 

@@ -10,20 +10,32 @@ import pytest
 import torch
 from conftest import REPO
 
-from custom import cli
-from custom.data.build import build_store
-from custom.data.phantom import write_cohort
-from custom.data.store import VolumeStore
-from custom.landmarks.aligners import CoordinateAligner, Match, RandomAligner
-from custom.landmarks.alignment_page import planes
-from custom.landmarks.geometry import to_world
-from custom.landmarks.known_warp import WARPED, deform, draw_warp, write_warped
-from custom.landmarks.label_transfer import distance_to_structure, label_transfer, structure_centroid_error
-from custom.landmarks.measures import Figures, ask, errors_mm, known_warp, landmark_error, phantom_error
-from custom.landmarks.quality import alignment_table, check_alignment, draw_pairs
-from custom.landmarks.sam import SAM
-from custom.landmarks.truth import phantom_truth, read_landmarks
-from custom.landmarks.weights import save_sam
+from custom.cli import main as cli
+from custom.data.phantom.cohort import write_cohort
+from custom.data.store.build import build_store
+from custom.data.store.volume_store import VolumeStore
+from custom.landmarks.aligners.match import Match
+from custom.landmarks.aligners.simple import CoordinateAligner, RandomAligner
+from custom.landmarks.quality.check import alignment_table, check_alignment, draw_pairs
+from custom.landmarks.quality.known_warp import WARPED, deform, draw_warp, write_warped
+from custom.landmarks.quality.label_transfer import (
+    distance_to_structure,
+    label_transfer,
+    structure_centroid_error,
+)
+from custom.landmarks.quality.measures import (
+    Figures,
+    ask,
+    errors_mm,
+    known_warp,
+    landmark_error,
+    phantom_error,
+)
+from custom.landmarks.quality.page import planes
+from custom.landmarks.quality.truth import phantom_truth, read_landmarks
+from custom.landmarks.sam.network import SAM
+from custom.landmarks.sam.weights import save_sam
+from custom.space import to_world
 
 SHIPPED = REPO / "bundles" / "sam_landmarks" / "models" / "model.safetensors"
 

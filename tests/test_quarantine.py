@@ -8,12 +8,14 @@ import torch
 from conftest import write_scan
 from ignite.engine import Engine
 
-from custom.data.build import build_store
-from custom.data.chunked import ChunkedArray, DamagedScan, StoreError
-from custom.data.pairs import PairDataset, pair_loader
-from custom.data.quarantine import QuarantineLog
-from custom.data.store import VolumeStore, volume_path
-from custom.landmarks.aligners import CoordinateAligner
+from custom.data.errors import DamagedScan, StoreError
+from custom.data.store.build import build_store
+from custom.data.store.chunked_array import ChunkedArray
+from custom.data.store.quarantine import QuarantineLog
+from custom.data.store.volume_store import VolumeStore, volume_path
+from custom.engine.loader import pair_loader
+from custom.landmarks.aligners.simple import CoordinateAligner
+from custom.methods.pairs import PairDataset
 
 CROP = (16, 12, 8)
 PAIRS = 24

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from test_bundle import command, losses
 
-from custom.data.manifest import Manifest
-from custom.data.store import VolumeStore
+from custom.data.intake.scan_folder import Manifest
+from custom.data.store.volume_store import VolumeStore
 
 
 def alice(*words, expected=0):
     done = subprocess.run(
-        [sys.executable, "-m", "custom.cli", *map(str, words)],
+        [sys.executable, "-m", "custom.cli.main", *map(str, words)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

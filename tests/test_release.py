@@ -18,7 +18,15 @@ import numpy as np
 import pytest
 from conftest import REPO, write_scan
 
-from custom.release import MODEL_INFO, has_weights, list_bundles, model_info, needs_own_code, package, show
+from custom.bundles.release import (
+    MODEL_INFO,
+    has_weights,
+    list_bundles,
+    model_info,
+    needs_own_code,
+    package,
+    show,
+)
 
 # `python -m monai.bundle ...` of somebody who does not have this package: the installed copy is hidden,
 # one that lies beside the configs (on sys.path) is found.
@@ -51,7 +59,7 @@ def toy(tmp_path):
     bundle = tmp_path / "bundles" / "toy"
     for name, text in {
         "configs/metadata.json": '{"version": "0.1.0"}',
-        "configs/train.yaml": "# custom.alice is not used here\nx: 1\n",
+        "configs/train.yaml": "# custom.methods.alice is not used here\nx: 1\n",
         "configs/extra.yaml": "network_def: {_target_: custom.encoders.nnformer.NNFormer}\n",
         "models/model.pt": "weights",
         "LICENSE": "free",
@@ -138,7 +146,7 @@ def test_own_code_goes_only_with_bundles_that_name_it(released):
 
 def test_a_comment_and_an_override_do_not_need_own_code_but_training_does(toy):
     assert not needs_own_code(toy)
-    (toy / "configs" / "train.yaml").write_text("loss: {_target_: custom.alice.losses.AliceLoss}\n")
+    (toy / "configs" / "train.yaml").write_text("loss: {_target_: custom.methods.alice.losses.AliceLoss}\n")
     assert needs_own_code(toy)
 
 

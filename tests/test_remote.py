@@ -2,11 +2,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from custom.data.build import build_store, shared_store
-from custom.data.pairs import PairDataset
 from custom.data.remote import RemoteFolder, is_url
-from custom.data.store import StoreError, VolumeStore
-from custom.landmarks.aligners import CoordinateAligner
+from custom.data.store.build import build_store, shared_store
+from custom.data.store.volume_store import StoreError, VolumeStore
+from custom.landmarks.aligners.simple import CoordinateAligner
+from custom.methods.pairs import PairDataset
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from custom.landmarks.matching import match_points
-from custom.landmarks.sam import SAM, embed_scan
-from custom.landmarks.scan_grid import cell_to_world, hu_to_units, read_scan, to_grid, world_to_cell
-from custom.landmarks.weights import load_sam_weights, save_sam
+from custom.landmarks.matching.points import match_points
+from custom.landmarks.sam.network import SAM, embed_scan
+from custom.landmarks.sam.scan_grid import cell_to_world, hu_to_units, read_scan, to_grid, world_to_cell
+from custom.landmarks.sam.weights import load_sam_weights, save_sam
 
 
 @pytest.fixture(scope="module")

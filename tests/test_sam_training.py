@@ -20,22 +20,22 @@ from monai.handlers import CheckpointLoader, CheckpointSaver
 from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 
-from custom.data.build import build_store
-from custom.data.pairs import pair_loader
-from custom.data.phantom import find_canonical, make_phantom, write_cohort
-from custom.landmarks.contrast import Memory, SAMLoss, both_at, cells_of, hardest, info_nce
-from custom.landmarks.embedding_folder import EmbeddingFolder
-from custom.landmarks.geometry import to_world
-from custom.landmarks.look import CURVE_HU, Look, rotation_matrix, see
-from custom.landmarks.places import PhantomPlaces, phantom_places
-from custom.landmarks.sam import SAM, SAMMaps, unit_length
-from custom.landmarks.scan_grid import hu_to_units
-from custom.landmarks.training import SAMTrainer, newest_checkpoint, start_from
-from custom.landmarks.training_scans import training_names
-from custom.landmarks.view_cells import Cells, cell_indices, matched_cells
-from custom.landmarks.views import ViewPairs
-from custom.landmarks.weights import load_sam_weights, note_in_weights, read_sam_metadata, save_sam
-from custom.preflight import check_keys
+from custom.bundles.preflight import check_keys
+from custom.data.phantom.cohort import find_canonical, make_phantom, write_cohort
+from custom.data.store.build import build_store
+from custom.engine.loader import pair_loader
+from custom.landmarks.embeddings.folder import EmbeddingFolder
+from custom.landmarks.sam.network import SAM, SAMMaps, unit_length
+from custom.landmarks.sam.scan_grid import hu_to_units
+from custom.landmarks.sam.weights import load_sam_weights, note_in_weights, read_sam_metadata, save_sam
+from custom.landmarks.training.look import CURVE_HU, Look, rotation_matrix, see
+from custom.landmarks.training.loss import Memory, SAMLoss, both_at, cells_of, hardest, info_nce
+from custom.landmarks.training.places import PhantomPlaces, phantom_places
+from custom.landmarks.training.run import SAMTrainer, newest_checkpoint, start_from
+from custom.landmarks.training.training_scans import training_names
+from custom.landmarks.training.view_cells import Cells, cell_indices, matched_cells
+from custom.landmarks.training.view_pairs import ViewPairs
+from custom.space import to_world
 
 BUNDLE = REPO / "bundles" / "sam_landmarks"
 CONFIGS = BUNDLE / "configs"

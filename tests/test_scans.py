@@ -9,9 +9,10 @@ import pytest
 from conftest import write_scan
 from damage import good_volume, mha_bytes
 
-from custom.data.build import build_store, require_patients
-from custom.data.scans import ScanError, check_hu, list_scans, read_volume
-from custom.data.store import StoreError, VolumeStore
+from custom.data.errors import ScanError
+from custom.data.scans import check_hu, list_scans, read_volume
+from custom.data.store.build import build_store, require_patients
+from custom.data.store.volume_store import StoreError, VolumeStore
 
 
 def save(path, array, affine=None):

@@ -22,12 +22,12 @@ from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import UNETR, SwinUNETR
 from safetensors.torch import save_file
 
+from custom.bundles.json_copies import COPIED
+from custom.bundles.preflight import check_keys
 from custom.encoders.masked_swin import MaskedSwin
 from custom.encoders.masked_vit import MaskedViT
-from custom.evaluation.folds import few_shot, split_folds
-from custom.evaluation.rules import BTCV, BTCV_ORGANS, FLARE22, FLARE22_ORGANS
-from custom.json_configs import COPIED
-from custom.preflight import check_keys
+from custom.evaluation.scores.rules import BTCV, BTCV_ORGANS, FLARE22, FLARE22_ORGANS
+from custom.evaluation.splits.folds import few_shot, split_folds
 from custom.transfer.encoder_weights import WeightsError, resize_encoder, save_encoder
 
 BUNDLES = {"alice_seg_flare": FLARE22_ORGANS, "alice_seg_btcv": BTCV_ORGANS}
@@ -157,7 +157,7 @@ def test_the_jsons_that_monai_loads_say_what_the_yamls_say(name):
             REPO / "bundles" / name / "configs" / f"{config}{suffix}" for suffix in (".yaml", ".json")
         )
         assert json.loads(copy.read_text()) == ConfigParser.load_config_file(yaml), (
-            "run python -m custom.json_configs"
+            "run python -m custom.bundles.json_copies"
         )
 
 
@@ -185,7 +185,7 @@ def test_training_and_inference_agree(name):
 @pytest.mark.parametrize("name", BUNDLES)
 def test_only_nnformer_and_openvino_need_more_than_monai(name):
     for path in (REPO / "bundles" / name / "configs").glob("*.*"):
-        text = re.sub("(?m)#.*", "", path.read_text()).replace("(custom.evaluation.folds)", "")
+        text = re.sub("(?m)#.*", "", path.read_text()).replace("(custom.evaluation.splits.folds)", "")
         assert path.name in ("nnformer.yaml", "openvino.yaml") or "custom." not in text, path.name
 
 

@@ -10,7 +10,7 @@ from monai.bundle import ConfigParser
 from monai.data import load_decathlon_datalist
 from test_seg_bundles import configs, names_of, parser_of, write_case
 
-from custom.evaluation.datalists import case_name, make_datalist, write_datalist
+from custom.evaluation.splits.datalists import case_name, make_datalist, write_datalist
 
 ORGANS = [f"organ {i}" for i in range(1, 14)]
 
@@ -92,7 +92,7 @@ def test_case_names_are_those_of_train_yaml():
 
 
 def test_the_command_writes_nothing_for_a_faulty_folder(tmp_path):
-    from custom.cli import datalist
+    from custom.cli.scores import datalist
 
     cohort(tmp_path / "data")
     datalist(str(tmp_path / "data"), o=str(tmp_path / "good.json"))

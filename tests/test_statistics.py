@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from custom.evaluation.intervals import bootstrap_interval, signed_rank_p
-from custom.evaluation.statistics import compare, merge_folds, summarise, worst_rows
-from custom.evaluation.tables import table_cells, to_markdown
+from custom.evaluation.statistics.intervals import bootstrap_interval, signed_rank_p
+from custom.evaluation.statistics.statistics import compare, merge_folds, summarise, worst_rows
+from custom.evaluation.statistics.tables import table_cells, to_markdown
 
 
 def row(case, organ="liver", dsc=0.5, status="ok", **more):

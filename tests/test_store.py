@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from conftest import write_scan
 
-from custom.data.body import body_mask
-from custom.data.build import build_store
-from custom.data.resample import resample, to_ras
-from custom.data.store import StoreError, VolumeStore, volume_path
-from custom.landmarks.geometry import to_voxels, to_world
+from custom.data.grid.body import body_mask
+from custom.data.grid.resample import resample, to_ras
+from custom.data.store.build import build_store
+from custom.data.store.volume_store import StoreError, VolumeStore, volume_path
+from custom.space import to_voxels, to_world
 
 
 def ramp(shape, affine, direction=(1.0, -0.5, 2.0)):
@@ -143,7 +143,7 @@ def test_damage_is_reported_by_name(scans, tmp_path):
 
 
 def test_a_full_disk_leaves_nothing_half_written(scans, tmp_path, monkeypatch):
-    import custom.data.chunked as module
+    import custom.data.store.chunked_array as module
 
     def full(*args, urlpath, **kwargs):
         with open(urlpath, "wb") as file:
@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_nothing_half_written(scans, tmp_path, monkeypatch):
 def test_a_build_killed_midway_goes_on_where_it_stopped(tmp_path):
     for i in range(8):
         write_scan(tmp_path / "scans" / f"p{i}.nii.gz", i, shape=(120, 110, 90))
-    code = f"from custom.data.build import build_store; build_store({str(tmp_path / 'scans')!r}, {str(tmp_path / 's')!r}, (2.0, 2.0, 2.0), progress=False)"
+    code = f"from custom.data.store.build import build_store; build_store({str(tmp_path / 'scans')!r}, {str(tmp_path / 's')!r}, (2.0, 2.0, 2.0), progress=False)"
     process = subprocess.Popen([sys.executable, "-c", code])
     while len(list((tmp_path / "s" / "volumes").glob("*.json"))) < 3 and process.poll() is None:
         time.sleep(0.02)

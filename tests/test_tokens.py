@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import TINY_VIT
 
-from custom.alice.branch import StudentBranch
-from custom.alice.losses import AliceLoss
 from custom.encoders.masked_swin import MaskedSwin, to_grid
 from custom.encoders.masked_vit import MaskedViT
 from custom.encoders.masking import gather_visible, hide_tokens, visible_index
 from custom.encoders.nnformer import NNFormer
 from custom.encoders.tokens import token_encoder
+from custom.methods.alice.branch import StudentBranch
+from custom.methods.alice.losses import AliceLoss
 
 SIZE = (64, 96, 32)
 
@@ -83,8 +83,8 @@ def test_sides_that_are_no_multiple_of_the_unit_are_refused():
 
 
 def test_the_official_pair_of_branches_learns_everywhere_and_its_teacher_follows():
-    from custom.alice.ema import EMA
-    from custom.alice.official_branch import OfficialStudent
+    from custom.engine.ema import EMA
+    from custom.methods.alice.official import OfficialStudent
 
     torch.manual_seed(0)
     student = OfficialStudent(

@@ -12,24 +12,25 @@ import torch
 from conftest import TINY_VIT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from custom.alice.branch import StudentBranch
-from custom.alice.checkpoint import (
+from custom.encoders.masked_vit import MaskedViT
+from custom.encoders.tokens import token_encoder
+from custom.engine.checkpoint import (
     CheckpointError,
     checkpoints_of,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from custom.alice.losses import AliceLoss
-from custom.alice.monitors import Monitors, ProbeHandler, effective_rank, embedding_std, mean_cosine
-from custom.alice.run_log import LeaveOnSignal, RunLog, read_log
-from custom.alice.schedules import cosine_ramp, decay_groups, linear_ramp, scaled_rate, warmup_cosine
-from custom.alice.trainer import AliceTrainer, NonFiniteLoss, Schedule
-from custom.data.pairs import PairDataset, pair_loader
-from custom.data.views import MaskedBatch, Masking, TargetView
-from custom.encoders.masked_vit import MaskedViT
-from custom.encoders.tokens import token_encoder
-from custom.landmarks.aligners import CoordinateAligner
+from custom.engine.loader import pair_loader
+from custom.engine.monitors import Monitors, ProbeHandler, effective_rank, embedding_std, mean_cosine
+from custom.engine.run_log import LeaveOnSignal, RunLog, read_log
+from custom.engine.schedules import cosine_ramp, decay_groups, linear_ramp, scaled_rate, warmup_cosine
+from custom.engine.trainer import AliceTrainer, NonFiniteLoss, Schedule
+from custom.landmarks.aligners.simple import CoordinateAligner
+from custom.methods.alice.branch import StudentBranch
+from custom.methods.alice.losses import AliceLoss
+from custom.methods.pairs import PairDataset
+from custom.methods.views import MaskedBatch, Masking, TargetView
 
 
 def make_trainer(

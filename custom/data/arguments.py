@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from custom.errors import AliceError
+
 
 def number(name: str, value: Any, low: float, high: float) -> float:
     """A number from ``low`` to ``high``.
@@ -13,7 +15,7 @@ def number(name: str, value: Any, low: float, high: float) -> float:
         ValueError: naming the argument and what was given.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value!r}.")
+        raise AliceError(f"{name} must be between {low:g} and {high:g}, got {value!r}.")
     return float(value)
 
 
@@ -24,7 +26,7 @@ def whole_number(name: str, value: Any, least: int) -> int:
         ValueError: naming the argument and what was given.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+        raise AliceError(f"{name} must be a whole number of at least {least}, got {value!r}.")
     return value
 
 
@@ -37,5 +39,5 @@ def voxel_size(spacing: Sequence[float]) -> list[float]:
     given: list[Any] = list(spacing) if isinstance(spacing, list | tuple) else [spacing]
     numeric = all(isinstance(s, int | float) and not isinstance(s, bool) for s in given)
     if len(given) != 3 or not numeric or not all(0.1 <= s <= 20 for s in given):
-        raise ValueError(f"spacing must be three numbers of mm between 0.1 and 20, got {given}.")
+        raise AliceError(f"spacing must be three numbers of mm between 0.1 and 20, got {given}.")
     return [float(s) for s in given]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import fsspec
 
-from custom.data.chunked import StoreError
+from custom.data.errors import StoreError
 
 CACHE = ".cache/alice/stores"  # in the home folder, unless another is given
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from custom.data.intake import open_scan
-from custom.data.reasons import Fault, Reason
+from custom.data.errors import ScanError
+from custom.data.formats.open_scan import open_scan
+from custom.data.formats.reasons import Fault, Reason
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +24,6 @@ _LABEL_FOLDER = re.compile(r"^(labels?|masks?|seg(mentation)?s?)(tr|ts|va)?$", r
 _IMAGE_TAIL = re.compile(r"([_\-](ct|image|img|\d{4}))$", re.IGNORECASE)
 # TCGA patient barcodes (GDC's naming): several scans of one patient carry the same first three fields
 _TCGA = re.compile(r"TCGA-\w{2}-\w{4}", re.IGNORECASE)
-
-
-class ScanError(ValueError):
-    """A scan that cannot be used; the message names the file, the value and the way out."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +174,7 @@ def read_volume(path: Path, any_grid: bool = True) -> tuple[np.ndarray, np.ndarr
 
     Args:
         path: NIfTI, NRRD or MetaImage; read as ``alice scan`` reads it, checksums and promised sizes included.
-        any_grid: see :func:`custom.data.intake.open_scan`.
+        any_grid: see :func:`custom.data.formats.open_scan.open_scan`.
 
     Returns:
         Array (X, Y, Z) as stored (float32, if the header scales), and the voxel-to-world affine (4, 4) in RAS mm.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from custom.encoders.window_plan import NUM_STAGES, SwinPlan, WindowPlan, dense_plan_on, plan_for
+from custom.errors import AliceError
 
 ATTENTION = ("auto", "chunked", "sdpa", "plain")
 MERGING = {PatchMerging: "merging", PatchMergingV2: "mergingv2"}
@@ -83,17 +84,17 @@ class MaskedSwin(SwinTransformer):
         **kwargs: Any,
     ) -> None:
         if spatial_dims != 3:
-            raise ValueError(f"MaskedSwin needs spatial_dims=3, got {spatial_dims}.")
+            raise AliceError(f"MaskedSwin needs spatial_dims=3, got {spatial_dims}.")
         patch_size = ensure_tuple_rep(patch_size, 3)
         window_size = ensure_tuple_rep(window_size, 3)
         downsample = downsample if isinstance(downsample, str) else MERGING.get(downsample, str(downsample))
         _refuse_mixing_blocks(downsample, use_v2, norm_layer, kwargs)
         if len(set(patch_size)) != 1:
-            raise ValueError(f"MaskedSwin needs a cubic patch, such as (2, 2, 2), got {patch_size}.")
+            raise AliceError(f"MaskedSwin needs a cubic patch, such as (2, 2, 2), got {patch_size}.")
         if len(depths) != NUM_STAGES or len(num_heads) != NUM_STAGES:
-            raise ValueError(f"Swin has four stages, got depths {depths} and num_heads {num_heads}.")
+            raise AliceError(f"Swin has four stages, got depths {depths} and num_heads {num_heads}.")
         if attention not in ATTENTION:
-            raise ValueError(f"attention must be one of {ATTENTION}, got {attention!r}.")
+            raise AliceError(f"attention must be one of {ATTENTION}, got {attention!r}.")
         self.settings: dict[str, Any] = {
             "in_chans": in_chans,
             "embed_dim": embed_dim,
@@ -152,7 +153,7 @@ class MaskedSwin(SwinTransformer):
             assert hidden is not None
             plan = self.plan(hidden.cpu())
         if (plan.num_samples, *plan.grid) != (x.shape[0], *grid):
-            raise ValueError(
+            raise AliceError(
                 f"The crop has (B, ux, uy, uz) = {(x.shape[0], *grid)} units of {self.unit} voxels, hidden "
                 f"has {(plan.num_samples, *plan.grid)}: draw it with hide_tokens for the crop's own units."
             )
@@ -191,7 +192,7 @@ class MaskedSwin(SwinTransformer):
         for name, side in zip("XYZ", x.shape[2:], strict=True):
             if side % self.unit or side == 0:
                 below, above = side // self.unit * self.unit, -(-side // self.unit) * self.unit
-                raise ValueError(
+                raise AliceError(
                     f"Hiding units of {self.unit} voxels needs sides that are multiples of it, got {name} = "
                     f"{side}: crop to {below or self.unit} or pad to {max(above, self.unit)}."
                 )
@@ -202,16 +203,16 @@ class MaskedSwin(SwinTransformer):
 def _refuse_mixing_blocks(downsample: str, use_v2: bool, norm_layer: type, kwargs: dict[str, Any]) -> None:
     """Refuse modules that would mix visible and hidden tokens, or that ``settings`` cannot hold."""
     if use_v2:
-        raise ValueError(
+        raise AliceError(
             "MaskedSwin cannot run use_v2=True: its convolutions mix visible and hidden tokens. "
             "Build the encoder, and the SwinUNETR that takes it, with use_v2=False."
         )
     if kwargs.get("use_hyena") or any(kwargs.get("hyena_stages") or ()):
-        raise ValueError("MaskedSwin cannot run Hyena blocks: pass use_hyena=False and hyena_stages=None.")
+        raise AliceError("MaskedSwin cannot run Hyena blocks: pass use_hyena=False and hyena_stages=None.")
     if downsample not in MERGING.values():
-        raise ValueError(f"downsample must be 'merging' or 'mergingv2' in MaskedSwin, got {downsample!r}.")
+        raise AliceError(f"downsample must be 'merging' or 'mergingv2' in MaskedSwin, got {downsample!r}.")
     if norm_layer is not nn.LayerNorm:
-        raise ValueError(f"norm_layer must be torch.nn.LayerNorm in MaskedSwin, got {norm_layer}.")
+        raise AliceError(f"norm_layer must be torch.nn.LayerNorm in MaskedSwin, got {norm_layer}.")
 
 
 def cut_units(x: Tensor, plan: SwinPlan, unit: int) -> Tensor:

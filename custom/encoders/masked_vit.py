@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from custom.encoders.masking import visible_index
 from custom.encoders.positions import positions_at, quiet_meshgrid, resize_positions
+from custom.errors import AliceError
 
 
 class MaskedViT(ViT):
@@ -33,11 +34,11 @@ class MaskedViT(ViT):
         bound.apply_defaults()
         settings = {k: v for k, v in bound.arguments.items() if k != "self"}
         if settings["spatial_dims"] != 3 or settings["classification"]:
-            raise ValueError(
+            raise AliceError(
                 "MaskedViT encodes 3D volumes without a class token: spatial_dims=3, classification=False."
             )
         if len(ensure_tuple(settings["img_size"])) not in (1, 3):
-            raise ValueError(f"The crop must have three sides, got {settings['img_size']}.")
+            raise AliceError(f"The crop must have three sides, got {settings['img_size']}.")
         self._check_sizes(settings)
         with quiet_meshgrid():
             super().__init__(*args, **kwargs)
@@ -54,7 +55,7 @@ class MaskedViT(ViT):
         size, patch = ensure_tuple_rep(settings["img_size"], 3), ensure_tuple_rep(settings["patch_size"], 3)
         for axis, s, p in zip("xyz", size, patch, strict=True):
             if s % p:
-                raise ValueError(
+                raise AliceError(
                     f"Crop side {axis} = {s} is not a multiple of the patch ({p}): take {s // p * p or p} or {(s // p + 1) * p}."
                 )
 
@@ -75,7 +76,7 @@ class MaskedViT(ViT):
         """
         grid = self._grid_of(x)
         if hidden is not None and (tuple(hidden.shape[1:]) != grid or hidden.shape[0] != x.shape[0]):
-            raise ValueError(
+            raise AliceError(
                 f"Mask {tuple(hidden.shape)} does not fit {x.shape[0]} crop(s) of {grid} tokens."
             )
         if (hidden is None or not hidden.any()) and grid == self.grid:
@@ -97,7 +98,7 @@ class MaskedViT(ViT):
     def _grid_of(self, x: Tensor) -> tuple[int, ...]:
         for axis, side, patch in zip("xyz", x.shape[2:], self.patch, strict=True):
             if side % patch:
-                raise ValueError(f"Crop side {axis} = {side} is not a multiple of the patch ({patch}).")
+                raise AliceError(f"Crop side {axis} = {side} is not a multiple of the patch ({patch}).")
         return tuple(side // patch for side, patch in zip(x.shape[2:], self.patch, strict=True))
 
     def _embed(self, x: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from custom.errors import AliceError
+
 
 def hide_tokens(
     batch_size: int, grid: Sequence[int], ratio: float, generator: torch.Generator | None = None
@@ -50,10 +52,10 @@ def hide_columns(
 def num_hidden_tokens(num_tokens: int, ratio: float) -> int:
     """``round(ratio * num_tokens)``, refused where it would leave nothing visible."""
     if not 0.0 <= ratio < 1.0:
-        raise ValueError(f"Share of hidden tokens must be in [0, 1), got {ratio}.")
+        raise AliceError(f"Share of hidden tokens must be in [0, 1), got {ratio}.")
     num_hidden = round(ratio * num_tokens)
     if num_hidden >= num_tokens:
-        raise ValueError(
+        raise AliceError(
             f"Hiding {ratio:.0%} of {num_tokens} token(s) leaves none visible: "
             "take a larger crop or a smaller ratio."
         )
@@ -97,12 +99,12 @@ def visible_index(hidden: Tensor) -> Tensor:
     counts = (~hidden).sum(dim=1)
     num_visible = int(counts[0])
     if not bool((counts == num_visible).all()):
-        raise ValueError(
+        raise AliceError(
             "Every sample must hide the same number of tokens, got "
             f"{(hidden.shape[1] - counts).tolist()}: draw masks with hide_tokens."
         )
     if num_visible == 0:
-        raise ValueError("A sample has no visible token: hide fewer than all of them.")
+        raise AliceError("A sample has no visible token: hide fewer than all of them.")
     return (~hidden).nonzero()[:, 1].view(-1, num_visible)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from custom.encoders.masking import hidden_voxels
 from custom.encoders.positions import resize_positions, sincos_positions
+from custom.errors import AliceError
 
 PositionEmbedding: TypeAlias = Literal["none", "sincos", "learnable"]
 RelativeIndex: TypeAlias = Literal["official", "injective"]
@@ -44,9 +45,9 @@ def relative_position_index(
         ValueError: if ``window`` exceeds ``table_window``, or ``kind`` is neither of the two.
     """
     if kind not in ("official", "injective"):
-        raise ValueError(f"relative_index must be 'official' or 'injective', got {kind!r}.")
+        raise AliceError(f"relative_index must be 'official' or 'injective', got {kind!r}.")
     if window > table_window:
-        raise ValueError(
+        raise AliceError(
             f"A bias table made for windows of {table_window} has no rows for windows of {window}."
         )
     side = 2 * table_window - 1
@@ -382,7 +383,7 @@ class NNFormerEncoder(nn.Module):
             table = torch.empty(1, math.prod(self.grid), width)
             self.position_table = nn.Parameter(nn.init.trunc_normal_(table, std=TABLE_STD))
         else:
-            raise ValueError(f"position_embedding must be 'none', 'sincos' or 'learnable', got {kind!r}.")
+            raise AliceError(f"position_embedding must be 'none', 'sincos' or 'learnable', got {kind!r}.")
 
     def check_size(self, size: Sequence[int]) -> None:
         """Refuse sizes (S, H, W) that do not halve evenly down to the bottleneck.
@@ -394,14 +395,14 @@ class NNFormerEncoder(nn.Module):
             if side < stride or side % stride:
                 below, above = side // stride * stride, (side // stride + 1) * stride
                 nearest = f"{below} or {above}" if below else f"{above}"
-                raise ValueError(
+                raise AliceError(
                     f"Axis {axis} has {side} voxels, nnFormer needs a multiple of {stride}: take {nearest}."
                 )
 
     def forward(self, x: Tensor, *, hidden: Tensor | None = None) -> list[Tensor]:
         """Encode a crop; see :meth:`NNFormer.encode`."""
         if x.ndim != 5 or x.shape[1] != self.in_channels:
-            raise ValueError(f"Expected a volume (B, {self.in_channels}, S, H, W), got {tuple(x.shape)}.")
+            raise AliceError(f"Expected a volume (B, {self.in_channels}, S, H, W), got {tuple(x.shape)}.")
         self.check_size(x.shape[2:])
         if hidden is not None:
             x = x.masked_fill(self._hidden_voxels(hidden, x), 0.0)
@@ -423,7 +424,7 @@ class NNFormerEncoder(nn.Module):
     def _hidden_voxels(self, hidden: Tensor, x: Tensor) -> Tensor:
         grid = tuple(side // stride for side, stride in zip(x.shape[2:], self.stride, strict=True))
         if tuple(hidden.shape) != (x.shape[0], *grid) or hidden.dtype != torch.bool:
-            raise ValueError(
+            raise AliceError(
                 f"Hidden tokens must be bool {(x.shape[0], *grid)}, one per {self.stride} voxels, "
                 f"got {hidden.dtype} {tuple(hidden.shape)}."
             )
@@ -468,7 +469,7 @@ class NNFormerDecoder(nn.Module):
         """Decode; see :meth:`NNFormer.decode`."""
         *skips, x = (m.movedim(1, -1) for m in maps)
         if len(skips) != len(self.layers):
-            raise ValueError(f"The decoder takes the encoder's {len(self.layers) + 1} maps, got {len(maps)}.")
+            raise AliceError(f"The decoder takes the encoder's {len(self.layers) + 1} maps, got {len(maps)}.")
         decoded = []
         for stage, skip in zip(reversed(self.layers), reversed(skips), strict=True):
             x = stage(x, skip)
@@ -581,20 +582,20 @@ class NNFormer(nn.Module):
         patch_size: Sequence[int],
     ) -> None:
         if not len(depths) == len(num_heads) == len(window_size) >= 2 or min(depths) < 1:
-            raise ValueError(
+            raise AliceError(
                 "depths, num_heads and window_size need one entry per stage, two stages or more, got "
                 f"{list(depths)}, {list(num_heads)}, {list(window_size)}."
             )
         if len(img_size) != 3 or len(patch_size) != 3 or not set(patch_size) <= {1, 2, 4}:
-            raise ValueError(
+            raise AliceError(
                 "img_size and patch_size need three entries, patches of 1, 2 or 4, "
                 f"got {list(img_size)} and {list(patch_size)}."
             )
         if min(window_size) < 2:
-            raise ValueError(f"Windows need a side of 2 tokens or more, got {list(window_size)}.")
+            raise AliceError(f"Windows need a side of 2 tokens or more, got {list(window_size)}.")
         for i, heads in enumerate(num_heads):
             if embed_dim % 2 or (embed_dim * 2**i) % heads:
-                raise ValueError(
+                raise AliceError(
                     f"Stage {i}: {embed_dim * 2**i} channels do not divide among {heads} heads: "
                     "change embed_dim (even) or num_heads."
                 )

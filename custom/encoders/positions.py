@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from monai.networks.blocks.pos_embed_utils import build_sincos_position_embedding
 from torch import Tensor
 
+from custom.errors import AliceError
+
 
 @functools.lru_cache(maxsize=32)
 def sincos_positions(grid: tuple[int, int, int], width: int, device: str = "cpu") -> Tensor:
     """MONAI's fixed sin-cos table (1, N, width) for a grid, kept where it is used; ``width`` divisible by 6."""
     if width % 6:
-        raise ValueError(f"Sin-cos positions in 3D need a width divisible by 6, got {width}.")
+        raise AliceError(f"Sin-cos positions in 3D need a width divisible by 6, got {width}.")
     with quiet_meshgrid():
         return build_sincos_position_embedding(list(grid), width, 3).detach().to(device)
 
@@ -46,7 +48,7 @@ def resize_positions(table: Tensor, grid: Sequence[int], new_grid: Sequence[int]
         ValueError: if the table does not have ``prod(grid)`` entries.
     """
     if table.shape[1] != math.prod(grid):
-        raise ValueError(
+        raise AliceError(
             f"Position table has {table.shape[1]} entries, its grid {tuple(grid)} asks for {math.prod(grid)}."
         )
     if tuple(grid) == tuple(new_grid):

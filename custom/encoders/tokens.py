@@ -15,6 +15,7 @@ from custom.encoders.masked_vit import MaskedViT
 from custom.encoders.masking import gather_visible, refine_mask, visible_index
 from custom.encoders.nnformer import NNFormer, NNFormerEncoder
 from custom.encoders.window_plan import plan_for
+from custom.errors import AliceError
 
 
 class Tokens(NamedTuple):
@@ -61,12 +62,12 @@ class TokenEncoder(nn.Module):
             ValueError: naming the side that is not a multiple of the unit, and the nearest that are.
         """
         if len(crop_size) != 3:
-            raise ValueError(f"crop_size must be three numbers of voxels, got {list(crop_size)}.")
+            raise AliceError(f"crop_size must be three numbers of voxels, got {list(crop_size)}.")
         counts = []
         for axis, side, unit in zip("xyz", crop_size, self.unit, strict=True):
             if side % unit or side < unit:
                 lower, upper = max(unit, side // unit * unit), (side // unit + 1) * unit
-                raise ValueError(
+                raise AliceError(
                     f"crop_size: side {axis} = {side} is not a multiple of the mask unit ({unit} voxels); "
                     f"take {lower} or {upper}."
                 )
@@ -114,7 +115,7 @@ class SwinTokens(TokenEncoder):
         fine, coarse = found.maps[3], found.maps[4].expand(-1, -1, -1, 2, 2, 2)  # (B, V, C, 2, 2, 2)
         tokens = self._fuse(*(m.flatten(3).transpose(2, 3).flatten(1, 2) for m in (fine, coarse)))
         if hidden is None:
-            raise ValueError("A plan alone does not say where its tokens lie: pass hidden too.")
+            raise AliceError("A plan alone does not say where its tokens lie: pass hidden too.")
         order = _grid_order(hidden).to(tokens.device, non_blocking=True)
         return Tokens(gather_visible(tokens, order), (2 * ux, 2 * uy, 2 * uz))
 
@@ -169,6 +170,6 @@ def token_encoder(encoder: nn.Module) -> TokenEncoder:
         return SwinTokens(encoder)
     if isinstance(encoder, NNFormer):
         return NNFormerTokens(encoder.encoder, encoder.settings["embed_dim"] * 8)
-    raise ValueError(
+    raise AliceError(
         f"{type(encoder).__name__} is no encoder for pre-training: use MaskedViT, MaskedSwin or NNFormer."
     )

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from custom.encoders.masking import visible_index
+from custom.errors import AliceError
 
 NUM_STAGES = 4  # MONAI's SwinTransformer knows no other number
 MAX_LENGTHS = 6  # ours: 4 to 12 padded lengths take the same time, one takes 2.2 times as long
@@ -130,7 +131,7 @@ def plan_for(hidden: Tensor, settings: Mapping[str, Any]) -> SwinPlan:
             if one hides all of them.
     """
     if hidden.dtype != torch.bool or hidden.ndim != 4:
-        raise ValueError(
+        raise AliceError(
             f"hidden must be bool (B, ux, uy, uz), got {hidden.dtype} {tuple(hidden.shape)}: "
             "draw it with hide_tokens(batch_size, grid_of_units, ratio)."
         )

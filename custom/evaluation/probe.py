@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from custom.errors import AliceError
+
 logger = logging.getLogger(__name__)
 
 Features = Callable[[Tensor], Tensor]  # crops (B, 1, X, Y, Z) in [0, 1] -> tokens (B, N, C) in grid order
@@ -162,7 +164,7 @@ def token_table(
         for start in starts:
             shares.append(_label_shares(store.read_label_crop(name, start, crop_size), patch))
     if not rows:
-        raise ValueError(f"None of the scans {', '.join(names)} has a labelled voxel.")
+        raise AliceError(f"None of the scans {', '.join(names)} has a labelled voxel.")
     return np.concatenate(rows), np.concatenate(shares)
 
 
@@ -180,7 +182,7 @@ def linear_probe(
     """
     used = [o for o in organs if fit[1][:, o].std() > 0 and test[1][:, o].std() > 0]
     if not used:
-        raise ValueError(f"None of the labels {list(organs)} occurs in both the fitting and the test scans.")
+        raise AliceError(f"None of the labels {list(organs)} occurs in both the fitting and the test scans.")
     cut = 2 * len(fit[0]) // 3
     scores = [
         np.mean(

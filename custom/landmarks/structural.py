@@ -7,10 +7,11 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from custom.landmarks.matching import match_points
-from custom.landmarks.scan_grid import cell_to_world
-from custom.landmarks.search import REFUSED, Method
-from custom.landmarks.searchable import Searchable, inside_grid, prepare, query_cells
+from custom.errors import AliceError
+from custom.landmarks.embeddings.embedding_map import Searchable, inside_grid, prepare, query_cells
+from custom.landmarks.matching.points import match_points
+from custom.landmarks.matching.search import REFUSED, Method
+from custom.landmarks.sam.scan_grid import cell_to_world
 
 Array: TypeAlias = NDArray[Any]
 
@@ -60,7 +61,7 @@ def structural_match(
         ValueError: if ``half_steps`` is odd or below 2, or ``reach`` is negative.
     """
     if half_steps < 2 or half_steps % 2 or reach < 0:
-        raise ValueError(
+        raise AliceError(
             f"half_steps must be even and positive, reach 0 or more; got {half_steps} and {reach}."
         )
     points = np.atleast_2d(np.asarray(points_mm, dtype=np.float64))

@@ -26,6 +26,7 @@ from custom.encoders.masked_swin import MaskedSwin
 from custom.encoders.masked_vit import MaskedViT
 from custom.encoders.nnformer import NNFormer
 from custom.encoders.positions import resize_positions
+from custom.errors import AliceError
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ _FIRST_LAYERS = ("patch_embedding.patch_embeddings.weight", "patch_embed.proj.we
 _CONV, _LINEAR = "patch_embedding.patch_embeddings.weight", "patch_embedding.patch_embeddings.1.weight"
 
 
-class WeightsError(ValueError):
+class WeightsError(AliceError):
     """Weights that do not fit, or a file that cannot be read; the message names every tensor or the file."""
 
 

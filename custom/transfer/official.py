@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from custom.encoders.nnformer import NNFormer, PositionEmbedding
-from custom.landmarks.sam import SAM
+from custom.errors import AliceError
+from custom.landmarks.sam.network import SAM
 
 logger = logging.getLogger(__name__)
 
@@ -95,14 +96,14 @@ def _read_sam(path: str | PathLike[str], model: SAM) -> OfficialWeights:
     found = _strip(_unwrap(read_checkpoint(path), ("state_dict", "model", *ROLES)), ("module.",), path)
     kind = _kind(found)
     if kind != "sam":
-        raise ValueError(_not_that(path, "SAM checkpoint", kind, found))
+        raise AliceError(_not_that(path, "SAM checkpoint", kind, found))
     # a different architecture is said so before a hundred keys are listed
     for key, shape in {
         "backbone.conv1.conv.weight": (64, 1, 3, 7, 7),
         "read_out_head.lateral_convs.0.conv.weight": (128, 512, 1, 1, 1),
     }.items():
         if key in found and tuple(found[key].shape) != shape:
-            raise ValueError(
+            raise AliceError(
                 f"{path}: {key} has shape {tuple(found[key].shape)}, the published SAM has {shape}. "
                 "Only its width of 64 loads here; a compact network of our own is loaded by its own bundle."
             )
@@ -177,19 +178,19 @@ def read_alice_nnformer(path: str | PathLike[str], *, network: Role = "student")
     Arguments and errors as :func:`load_alice_nnformer`.
     """
     if network not in ROLES:
-        raise ValueError(f"network must be 'student' or 'teacher', got {network!r}.")
+        raise AliceError(f"network must be 'student' or 'teacher', got {network!r}.")
     content = read_checkpoint(path)
     notes = []
     roles = [role for role in ROLES if role in content]
     if roles and network not in roles:
-        raise ValueError(f"{path} holds the {roles[0]} only: load it with network={roles[0]!r}.")
+        raise AliceError(f"{path} holds the {roles[0]} only: load it with network={roles[0]!r}.")
     if not roles:
         notes.append("The file does not say whether it holds the student or the teacher.")
     content = _unwrap(content, (network, "state_dict", "model"))
     found = _strip(content, ("module.", "backbone."), path)
     kind = _kind(found)
     if kind != "alice":
-        raise ValueError(_not_that(path, "checkpoint of Alice's nnFormer", kind, found))
+        raise AliceError(_not_that(path, "checkpoint of Alice's nnFormer", kind, found))
 
     ignored = [key for key in found if key.startswith("head.")]
     if ignored:
@@ -213,7 +214,7 @@ def read_alice_nnformer(path: str | PathLike[str], *, network: Role = "student")
             key = _rename(name, ALICE_NAMES)
             ignored.append(key)
             if key in found and not torch.equal(found[key].long(), index):
-                raise ValueError(
+                raise AliceError(
                     f"{path}: {key} is not the authors' index; these weights are of another network."
                 )
     state = _match(found, wanted, table, ignored, optional, path)
@@ -245,17 +246,17 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, object]:
     except Exception as error:  # torch answers a damaged file with nearly any exception
         blocked = _blocked_classes(file, error)
         if blocked:
-            raise ValueError(
+            raise AliceError(
                 f"{path} holds more than weights: {', '.join(blocked)}. Loading that would run code of "
                 "the file's, so it is not done here. On a machine where you trust the file, save the weights "
                 "alone, and load weights.pth:\n" + _resave_command(path)
             ) from error
-        raise ValueError(
+        raise AliceError(
             f"{path} is no checkpoint that torch can read; it may be truncated, or of another kind "
             f"({file.stat().st_size} bytes). Fetch it again."
         ) from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint's dictionary.")
+        raise AliceError(f"{path} holds a {type(content).__name__}, not a checkpoint's dictionary.")
     return {str(key): value for key, value in content.items()}
 
 
@@ -299,10 +300,10 @@ def _strip(content: dict[str, object], prefixes: tuple[str, ...], path: object) 
         for prefix in prefixes:
             key = key.removeprefix(prefix)
         if key in found:
-            raise ValueError(f"{path} holds {key} twice, with and without {' and '.join(prefixes)}.")
+            raise AliceError(f"{path} holds {key} twice, with and without {' and '.join(prefixes)}.")
         found[key] = value.float() if value.is_floating_point() else value
     if not found:
-        raise ValueError(f"{path} holds no tensors; its keys are {_first(content)}.")
+        raise AliceError(f"{path} holds no tensors; its keys are {_first(content)}.")
     return found
 
 
@@ -370,7 +371,7 @@ def _match(
     problems = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped, "not finite": broken}
     if any(problems.values()):
         lines = [f"  {what} ({len(keys)}): {', '.join(keys)}" for what, keys in problems.items() if keys]
-        raise ValueError(f"{path} does not fit the network, nothing was loaded:\n" + "\n".join(lines))
+        raise AliceError(f"{path} does not fit the network, nothing was loaded:\n" + "\n".join(lines))
     return state
 
 

@@ -1,0 +1,167 @@
+"""Commands about pre-training runs: probe, picture, profile, estimate."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from custom.errors import AliceError
+
+if TYPE_CHECKING:
+    pass
+
+
+def probe(
+    run: str, store: str | None = None, names: Sequence[str] | None = None, device: str = "cpu"
+) -> None:
+    """Measure a run's frozen encoder on held-back scans, beside an untrained twin.
+
+    Args:
+        run: the run's output_dir, or one of its checkpoints.
+        store: other than the one it was trained from.
+        names: scans to measure on; the run's held-back ones by default.
+        device: cpu or cuda.
+    """
+    from custom.data.store.volume_store import VolumeStore
+    from custom.encoders.tokens import token_encoder
+    from custom.evaluation.probe import encoder_probe
+    from custom.methods.run_folder import load_run
+    from custom.transfer.encoder_weights import build_encoder
+
+    loaded = load_run(run)
+    volumes = VolumeStore(store or loaded.summary["store_dir"])
+    chosen = list(names or loaded.summary["held_back"])
+    measure = encoder_probe(
+        volumes,
+        chosen,
+        crop_size=loaded.summary["crop_size"],
+        window_hu=loaded.summary["window_hu"],
+        device=device,
+    )
+    if measure is None:
+        raise AliceError(
+            f"{chosen or 'No scan'}: a probe needs scans of two patients. Name some with --names."
+        )
+    torch.manual_seed(loaded.summary["seed"])
+    untrained = token_encoder(build_encoder(loaded.summary)).eval().to(device)
+    rows = {
+        "untrained": measure(untrained),
+        f"step {loaded.iteration}": measure(loaded.student.encoder.to(device)),
+    }
+    for name, values in rows.items():
+        print(f"{name:<14}" + "  ".join(f"{key} {value:.3f}" for key, value in values.items()))
+    print(json.dumps(rows))
+
+
+def picture(run: str, to: str = "picture.png") -> None:
+    """Draw what a run has learnt: curves, a reconstruction, and one place found in another patient.
+
+    Args:
+        run: the run's output_dir.
+        to: the PNG to write.
+    """
+    from custom.data.store.volume_store import VolumeStore
+    from custom.engine.run_log import read_log
+    from custom.landmarks.aligners.make import make_aligner
+    from custom.methods.alice.branch import StudentBranch
+    from custom.methods.alice.picture import run_picture
+    from custom.methods.pairs import PairDataset
+    from custom.methods.run_folder import load_run
+    from custom.methods.views import Masking
+
+    loaded = load_run(run)
+    summary, store = loaded.summary, VolumeStore(loaded.summary["store_dir"])
+    if not isinstance(loaded.student, StudentBranch):
+        raise AliceError(f"{run}: the official preset has no token decoder to draw from; use alice probe.")
+    names = summary["held_back"] if len({store.patient(n) for n in summary["held_back"]}) > 1 else store.names
+    pairs = PairDataset(
+        store,
+        make_aligner("coordinate", store),
+        summary["crop_size"],
+        summary["window_hu"],
+        names=names,
+        max_offset=0.0,
+    )
+    pair = pairs[0]
+    units = loaded.student.encoder.units(tuple(summary["crop_size"]))
+    hidden = Masking(summary["hidden_ratio"])(torch.tensor([0]), units)
+    figure = run_picture(
+        loaded.student, read_log(loaded.folder), pair["crop_q"][None], pair["crop_k"][None], hidden
+    )
+    figure.suptitle(
+        f"{summary['network_type']} after {loaded.iteration} of {summary['iterations']} iterations, {summary['scans']} scans"
+    )
+    Path(to).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(to, dpi=110)
+    print(f"{to}: {pair['scan_q']} and {pair['scan_k']}")
+
+
+def profile(config: str | Sequence[str], steps: int = 8, **overrides: Any) -> None:
+    """Time the parts of a training step: loader, transfer, views, online, decoder, target, losses, backward, ...
+
+    Args:
+        config: a bundle's train.yaml, or "['train.yaml','smoke.yaml']".
+        steps: steps to time, after two of warm-up.
+        overrides: of the config, as in ``monai.bundle run`` (--dataset_dir DIR --batch_size 4).
+    """
+    from monai.bundle import ConfigParser, ConfigWorkflow
+
+    from custom.bundles.preflight import check_keys
+    from custom.engine.profile import StepProfile
+
+    files = [config] if isinstance(config, str) else list(config)
+    check_keys(ConfigParser.load_config_file(files[0]), overrides, "the command line")
+    with tempfile.TemporaryDirectory() as folder:
+        asked = ConfigWorkflow(files, workflow_type="train", logging_file=False, **overrides)
+        store = overrides.get("store_dir") or asked.parser.get_parsed_content("store_dir")
+        quiet = {
+            "output_dir": folder,
+            "store_dir": store,
+            "iterations": steps + 2,
+            "warmup": 0,
+            "checkpoint_every": 0,
+        }
+        quiet |= {"probe_every": steps + 9, "monitor_every": steps + 9, "probe": None, "resume": False}
+        workflow = ConfigWorkflow(files, workflow_type="train", logging_file=False, **(overrides | quiet))
+        workflow.initialize()
+        trainer = workflow.parser.get_parsed_content("train::trainer")
+        timed = StepProfile(skip=2)
+        timed.attach(trainer)
+        trainer.run()
+    print(f"{'section':<10}{'ms a step':>12}{'share':>8}")
+    for name, (milliseconds, share) in timed.shares().items():
+        print(f"{name:<10}{milliseconds:>12.1f}{share:>8.1%}")
+
+
+def estimate(
+    config: str | Sequence[str],
+    measure: bool | None = None,
+    processes: int = 1,
+    json: str | bool = False,
+    **overrides: Any,
+) -> None:
+    """Say what a pre-training run will take: disk, memory, samples a second, hours; nothing is built or trained.
+
+    Args:
+        config: a bundle's train.yaml, or "['train.yaml','swin.yaml']".
+        measure: time a few steps on this device; without it they are timed where that is cheap.
+        processes: GPUs of the run.
+        json: write it as JSON: to a file of this name, or to the terminal.
+        overrides: of the config, as in ``monai.bundle run`` (--dataset_dir DIR --batch_size 4).
+    """
+    from custom.bundles.estimate import estimate as estimate_run
+    from custom.bundles.estimate import to_json
+
+    files = [config] if isinstance(config, str) else list(config)
+    made = estimate_run(files, overrides, measure, processes)
+    if json is True:
+        print(to_json(made))
+        return
+    print(made.table())
+    if json:
+        Path(json).write_text(to_json(made) + "\n", encoding="utf-8")

@@ -1,0 +1,39 @@
+"""The result of a scan as text for the terminal."""
+
+from __future__ import annotations
+
+from custom.data.intake.manifest import Manifest
+from custom.data.store.needs import MARGIN_MM, SPACING, needs_of
+from custom.processes import default_workers
+
+
+def summary(manifest: Manifest) -> str:
+    """A few lines for the terminal."""
+    lines = [str(manifest.folder)]
+    for kind, found in sorted(manifest.counts().items()):
+        lines.append(f"{kind:<8}" + "  ".join(f"{number} {status}" for status, number in found.items()))
+    patients = {record.patient for record in manifest.usable}
+    lines.append(f"{len(patients)} patient{'s' * (len(patients) != 1)} can be used")
+    images = sum(record.kind == "image" for record in manifest.usable)
+    if len(patients) == 1 and images > 1:
+        lines.append(
+            f"All {images} scans are taken for one patient's; pre-training pairs two patients. If they are of "
+            "several, say which part of the path tells: --patient_pattern '(PATIENT)', in alice scan and in alice build."
+        )
+    if manifest.usable:
+        lines.append(cost_of_build(manifest))
+    for reason, records in manifest.by_reason().items():
+        lines.append(f"{len(records):>6}  {reason.value:<18}{reason.sentence}")
+        refused = [record.path for record in records if record.status == "rejected"]
+        if refused:
+            lines.append(f"{'':>8}{', '.join(refused[:3])}{', ...' if refused[3:] else ''}")
+    return "\n".join(lines)
+
+
+def cost_of_build(manifest: Manifest, workers: int | None = None) -> str:
+    """What ``alice build`` with its defaults will take, in a sentence."""
+    workers = default_workers() if workers is None else workers
+    settings = {"spacing": list(SPACING), "crop_margin_mm": MARGIN_MM}
+    needs = needs_of(manifest.scans(fetch=False), manifest.folder, settings, workers)
+    voxel = " x ".join(f"{size:g}" for size in SPACING)
+    return f"alice build at {voxel} mm: {needs.of_a_build()} with {workers} processes"

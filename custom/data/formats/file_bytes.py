@@ -1,0 +1,117 @@
+"""Bytes of an untrusted file: never more than it can hold, to the last checksum, or a reason why not."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from custom.data.formats.reasons import Fault, Reason
+
+DEFLATE_RATIO = 1032  # zlib cannot compress better than this (zlib's technical notes)
+LONGEST_HEADER = 1 << 20
+_TAIL_BYTES = 1 << 20  # after the voxels, read only to reach the checksum
+
+
+def voxel_type(name: str, types: dict[str, tuple[str, ...]], big: bool) -> np.dtype:
+    for code, names in types.items():
+        if name in names:
+            return np.dtype((">" if big else "<") + code)
+    raise Fault(Reason.COLOUR if "array" in name else Reason.BAD_HEADER, "voxel type")
+
+
+def text_header(file: BinaryIO, line_of: re.Pattern, stop: str) -> dict[str, str]:
+    """``key: value`` lines up to a blank line (``stop`` empty) or past the line of key ``stop``."""
+    fields: dict[str, str] = {}
+    while file.tell() < LONGEST_HEADER:
+        line = file.readline(LONGEST_HEADER)
+        text = line.decode("latin-1").strip()
+        if not line:
+            if stop:
+                raise Fault(Reason.TRUNCATED, "in the header")
+            return fields
+        if not text and not stop:
+            return fields
+        found = None if text.startswith("#") else line_of.match(text)
+        if found:
+            key = found.group(1).strip().lower()
+            fields[key] = found.group(2).strip()
+            if stop and key == stop:
+                return fields
+    raise Fault(Reason.BAD_HEADER, "no end of the header")
+
+
+def detached(path: Path, name: str | None, root: Path) -> Path:
+    """The file with the voxels, which must lie in the folder that is scanned."""
+    if not name:
+        return path
+    data = path.parent / name
+    if not data.resolve().is_relative_to(root.resolve()):
+        raise Fault(Reason.LEAVES_FOLDER, "data file")
+    if not data.is_file():
+        raise Fault(Reason.TRUNCATED, "its data file is missing")
+    return data
+
+
+def enough_bytes(stored: int, promised: int, packed: bool, ratio: int = DEFLATE_RATIO) -> None:
+    if packed and promised > max(stored, 64) * ratio:
+        raise Fault(Reason.BOMB, f"{promised} bytes promised by {stored}")
+    if not packed and promised > stored:
+        # a header that promises a thousand times the file is no accident of copying
+        reason = Reason.BOMB if promised > max(stored, 1 << 16) * 1000 else Reason.TRUNCATED
+        raise Fault(reason, f"{promised} bytes promised, {stored} there")
+
+
+def read_or_fault(stream: Any, count: int) -> bytes:
+    try:
+        return stream.read(count)
+    except EOFError as error:
+        raise Fault(Reason.TRUNCATED, "in the compressed data") from error
+    except (gzip.BadGzipFile, zlib.error, OSError) as error:
+        raise Fault(Reason.BAD_CHECKSUM) from error
+
+
+def read_exactly(stream: Any, start: bytes, offset: int, count: int) -> memoryview:
+    """``count`` bytes from ``offset`` on, of a stream that ``start`` was read from; then on to its checksum."""
+    content = memoryview(np.empty(count, np.uint8))  # not touched before there are data for it
+    early = start[offset:][:count]
+    content[: len(early)] = early
+    filled = len(early)
+    behind = max(0, offset - len(start))
+    while behind > 0:
+        skipped = len(read_or_fault(stream, min(behind, LONGEST_HEADER)))
+        if skipped == 0:
+            raise Fault(Reason.TRUNCATED, "before the voxels")
+        behind -= skipped
+    while filled < count:
+        block = read_or_fault(stream, min(count - filled, 1 << 22))
+        if not block:
+            raise Fault(Reason.TRUNCATED, f"{filled} of {count} bytes")
+        content[filled : filled + len(block)] = block
+        filled += len(block)
+    if not isinstance(stream, io.BufferedReader):
+        rest = 0
+        while block := read_or_fault(stream, 1 << 16):
+            rest += len(block)
+            if rest > _TAIL_BYTES:
+                raise Fault(Reason.BOMB, "more data than the header tells")
+    return content
+
+
+def inflate(packed: bytes, count: int) -> bytes:
+    decoder = zlib.decompressobj()
+    try:
+        content = decoder.decompress(packed, count)
+        rest = decoder.decompress(decoder.unconsumed_tail, 1)
+    except zlib.error as error:
+        raise Fault(Reason.BAD_CHECKSUM) from error
+    if rest:
+        raise Fault(Reason.BAD_HEADER, "more data than the header tells")
+    if len(content) < count or not decoder.eof:
+        raise Fault(Reason.TRUNCATED, f"{len(content)} of {count} bytes")
+    return content

@@ -1,0 +1,248 @@
+"""A manifest: every scan, label and refused file of a folder, as JSON, checked when it is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+
+from custom.data.errors import ManifestError, ScanError
+from custom.data.formats.dicom_volume import read_series
+from custom.data.formats.open_scan import open_scan
+from custom.data.formats.reasons import ACCEPTED, REJECTED, WARNED, Fault, Reason, status_of
+from custom.data.formats.voxels import MOST_BYTES
+from custom.data.intake.records import ScanRecord
+from custom.data.remote import RemoteFolder, is_url
+from custom.data.scans import Scan
+from custom.data.store.volume_store import write_text
+
+FORMAT = "alice-manifest-1"
+_PLAIN = {"str": (str,), "str | None": (str,), "float | None": (int, float), "int": (int,)}
+
+
+@dataclass
+class Manifest:
+    """Every scan, label and refused file of a folder.
+
+    Attributes:
+        folder: that was scanned; of a manifest at a URL, where copies of its files are kept.
+        records: in the order of their paths.
+        rules: that they were examined by, without the salt.
+        others: how many files of which suffix were passed over, since they hold no scan.
+        remote: of a manifest at a URL, the scans' folder there.
+    """
+
+    folder: Path
+    records: list[ScanRecord] = field(default_factory=list)
+    rules: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, int] = field(default_factory=dict)
+    remote: RemoteFolder | None = None
+
+    @property
+    def usable(self) -> list[ScanRecord]:
+        """Images that were accepted, with a warning or without."""
+        return [record for record in self.records if record.usable]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How many records of each kind have each status."""
+        found: dict[str, dict[str, int]] = {}
+        for record in self.records:
+            kind = found.setdefault(record.kind, {ACCEPTED: 0, WARNED: 0, REJECTED: 0})
+            kind[record.status] += 1
+        return found
+
+    def by_reason(self) -> dict[Reason, list[ScanRecord]]:
+        """Records under each reason that was given, the most frequent reason first."""
+        found: dict[Reason, list[ScanRecord]] = defaultdict(list)
+        for record in self.records:
+            for code in record.reasons:
+                found[Reason(code)].append(record)
+        return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0].value)))
+
+    def path_of(self, name: str) -> Path:
+        """Where a file of the scanned folder lies; of a folder at a URL, its local copy, fetched when first asked for.
+
+        Raises:
+            StoreError: if it cannot be fetched.
+        """
+        return self.folder / name if self.remote is None else self.remote.fetch(name)
+
+    def read(self, record: ScanRecord) -> tuple[np.ndarray, np.ndarray]:
+        """Values (X, Y, Z) as stored (scaled, if the header scales) and affine (4, 4) in RAS mm of a record.
+
+        Raises:
+            ScanError: if it can no longer be read.
+        """
+        if record.format == "dicom":
+            return read_series([self.path_of(name) for name in record.files])
+        path = self.path_of(record.path)
+        try:
+            voxels = open_scan(path, self.folder, int(self.rules.get("most_bytes", MOST_BYTES)))
+        except Fault as fault:
+            raise ScanError(f"{path}: {fault}") from fault
+        return voxels.scaled(voxels.raw), voxels.affine
+
+    def scans(self, fetch: bool = True) -> list[Scan]:
+        """What a store is built from: usable images, a near-duplicate under the patient of what it repeats.
+
+        A DICOM series has its first slice as ``image`` and all of them, in order, under ``extra["files"]``; the
+        extra also holds what a build's disk and time are told from. Of a manifest at a URL, every usable file is
+        fetched, or with ``fetch`` False only said where its copy will lie.
+        """
+        patients = {record.id: record.patient for record in self.records}
+        place = self.path_of if fetch else self.folder.joinpath
+        found = []
+        for record in self.usable:
+            extra: dict[str, Any] = {"profile": record.profile, "modality": record.modality}
+            extra |= {"shape": record.shape, "spacing_mm": record.spacing_mm, "body_mm": record.body_mm}
+            if record.format == "dicom":
+                extra["files"] = [place(name) for name in record.files]
+            image = extra["files"][0] if record.format == "dicom" else place(record.path)
+            patient = patients.get(record.duplicate_of or "", record.patient)
+            label = place(record.label) if record.label else None
+            found.append(Scan(record.id, image, patient, label, extra))
+        return found
+
+    def save(self, path: str | Path) -> Path:
+        """Write it, whole or not at all.
+
+        Raises:
+            ManifestError: if it cannot be written (a full disk, say); what was there before stays.
+        """
+        path = Path(path)
+        content = {
+            "format": FORMAT,
+            "folder": _relative(self.folder, path.parent),
+            "rules": self.rules,
+            "others": dict(sorted(self.others.items())),
+            "records": [sparse(record) for record in self.records],
+        }
+        try:
+            # ASCII keeps names that are no valid UTF-8 as they are
+            write_text(path, json.dumps(content, indent=1, ensure_ascii=True) + "\n")
+        except OSError as error:
+            raise ManifestError(
+                f"{path}: cannot be written ({error.strerror}). Choose another place."
+            ) from error
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Manifest:
+        """Read and check one.
+
+        Args:
+            path: or a URL that fsspec reads, such as ``s3://bucket/manifest.json``. Paths in the manifest are
+                relative to where it lies, there as here.
+
+        Raises:
+            ManifestError: naming what is wrong: no such file, no manifest, another format, a field of another type,
+                or a path that leaves the folder.
+        """
+        url = str(path) if is_url(str(path)) else ""
+        if url.startswith(("file://", "local://")):
+            path, url = fsspec.core.strip_protocol(url), ""
+        path = Path(path) if not url else path
+        try:
+            content = json.loads(_read_url(url) if url else Path(path).read_text(encoding="utf-8"))
+        except ManifestError:
+            raise
+        except OSError as error:
+            raise ManifestError(
+                f"{path}: cannot be read ({error.strerror or type(error).__name__}). Make one: alice scan FOLDER"
+            ) from error
+        except ValueError as error:
+            raise ManifestError(f"{path}: no readable JSON ({error}). Scan the folder again.") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            found = content.get("format") if isinstance(content, dict) else None
+            raise ManifestError(
+                f"{path}: format {found!r}, this version reads {FORMAT!r}. Scan the folder again."
+            )
+        for key, kind in (("folder", str), ("rules", dict), ("others", dict), ("records", list)):
+            if not isinstance(content.get(key), kind):
+                raise ManifestError(f"{path}: {key!r} must be a {kind.__name__}. Scan the folder again.")
+        records = [record_of(path, index, entry) for index, entry in enumerate(content["records"])]
+        if url:
+            remote = RemoteFolder(_url_beside(url, content["folder"]))
+            return cls(remote.folder, records, content["rules"], content["others"], remote)
+        folder = Path(os.path.normpath(Path(path).resolve().parent / content["folder"]))
+        return cls(folder, records, content["rules"], content["others"])
+
+
+def _read_url(url: str) -> str:
+    """A small text file at a URL.
+
+    Raises:
+        ManifestError: if its protocol needs a package that is not there, or nothing answers.
+        OSError: if it is not there.
+    """
+    try:
+        with fsspec.open(url, "rt", encoding="utf-8") as file:
+            return file.read()
+    except (ImportError, ValueError) as error:
+        raise ManifestError(
+            f"{url}: cannot be read ({error}). Install fsspec's package for this protocol, or copy the manifest."
+        ) from error
+
+
+def _url_beside(url: str, relative: str) -> str:
+    """The URL of a folder that is given relative to a file's.
+
+    Raises:
+        ManifestError: if it lies above the URL's root, or on another machine's disk.
+    """
+    protocol, _, place = url.partition("://")
+    folder = posixpath.normpath(posixpath.join(posixpath.dirname(place), relative))
+    if posixpath.isabs(relative) or folder == ".." or folder.startswith("../"):
+        raise ManifestError(
+            f"{url}: its scans lie in {relative!r}, outside of {protocol}://. Scan the folder again."
+        )
+    return f"{protocol}://{folder}"
+
+
+def sparse(record: ScanRecord) -> dict[str, Any]:
+    """A record without what is empty."""
+    return {
+        k: v for k, v in asdict(record).items() if v not in (None, "", [], {}) or k in ("status", "reasons")
+    }
+
+
+def record_of(path: str | Path, index: int, entry: Any) -> ScanRecord:
+    def refuse(what: str) -> ManifestError:
+        return ManifestError(f"{path}: record {index} {what}. Scan the folder again.")
+
+    if not isinstance(entry, dict):
+        raise refuse("is no object")
+    known = {one.name: one.type for one in fields(ScanRecord)}
+    for key, value in entry.items():
+        if key not in known:
+            raise refuse(f"has an unknown field {key!r}")
+        kind = str(known[key])
+        wanted = _PLAIN.get(kind, (dict,) if kind.startswith("dict") else (list,))
+        if not isinstance(value, wanted):
+            raise refuse(f"has {key!r} of another type than {kind}")
+    for key in ("path", "format", "kind", "status"):
+        if key not in entry:
+            raise refuse(f"lacks {key!r}")
+    for name in [entry["path"], *entry.get("files", []), *([entry["label"]] if "label" in entry else [])]:
+        if not isinstance(name, str) or posixpath.isabs(name) or ".." in name.split("/"):
+            raise refuse(f"has a path that leaves the folder: {name!r}")
+    reasons = entry.get("reasons", [])
+    if any(code not in Reason._value2member_map_ for code in reasons):
+        raise refuse("has an unknown reason")
+    if entry["status"] != status_of(Reason(code) for code in reasons):
+        raise refuse(f"is {entry['status']!r} against its reasons")
+    return ScanRecord(**entry)
+
+
+def _relative(folder: Path, start: Path) -> str:
+    try:
+        return Path(os.path.relpath(folder, start.resolve())).as_posix()
+    except ValueError:  # another drive
+        return folder.as_posix()

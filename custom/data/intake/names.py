@@ -1,0 +1,109 @@
+"""Ids, patients, and labels beside their images."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from custom.data.formats.reasons import REJECTED, Reason
+from custom.data.intake.records import Rules, ScanRecord
+from custom.data.scans import _TCGA, _pair_key, stem
+
+_PLAIN_NAME = re.compile(
+    r"^(ct|mr|mri|pet|image|imaging|img|scan|volume|vol|data|t[12]w?|flair|dwi|adc)([_\-. ]?\d{0,4})$",
+    re.IGNORECASE,
+)
+_SUBJECT = re.compile(r"(?:^|/)(sub-[A-Za-z0-9]+)")  # BIDS
+
+
+def name_all(records: list[ScanRecord], rules: Rules, pattern: re.Pattern | None) -> None:
+    """Ids and patients; a patient that a DICOM tag named stays unless a pattern was asked for."""
+    taken: dict[str, ScanRecord] = {}
+    folders: dict[str, set[Path]] = {}
+    for record in records:
+        folders.setdefault(stem(Path(record.path)), set()).add(Path(record.path).parent)
+    repeated = {name for name, where in folders.items() if len(where) > 1}
+    for record in sorted(records, key=lambda one: (one.path, one.files[:1], one.format)):
+        name = _identity(record)
+        named = record.format == "dicom" and record.patient  # by a tag
+        if not named or (pattern and pattern.search(record.path)):
+            record.patient = rules.hidden(_patient(record, pattern, repeated), "p")
+        plain = rules.hidden(name, "s") if rules.hash_ids else re.sub(r"[^\w.\-]+", "_", name)
+        record.id, number = plain, 1
+        while record.id in taken:
+            number += 1
+            record.id = f"{plain}-{number}"
+        if number > 1 and record.kind != "other" and record.kind == taken[plain].kind:
+            for one in (record, taken[plain]):
+                one.add(Reason.DUPLICATE_ID)
+        taken[record.id] = record
+
+
+def _identity(record: ScanRecord) -> str:
+    """The relative path without its suffix; of one part of a series, with its first slice."""
+    if record.kind == "other":
+        return record.path
+    if record.format == "dicom":
+        return f"{record.path}/{Path(record.files[0]).name}" if record.files else record.path
+    path = Path(record.path)
+    return path.with_name(stem(path)).as_posix()
+
+
+def _patient(record: ScanRecord, pattern: re.Pattern | None, repeated: set[str]) -> str:
+    """Whose a scan is; ``repeated`` are the file names that occur in several folders."""
+    found = (pattern.search(record.path) if pattern else None) or _TCGA.search(record.path)
+    found = found or _SUBJECT.search(record.path)
+    if found:
+        return found.group(1) if found.groups() else found.group(0)
+    path = Path(record.path)
+    if record.format == "dicom":
+        return record.path
+    name = re.sub(
+        r"([_\-. ](ct|mri?|image|img|labels?|seg|segmentation|mask))+$", "", stem(path), flags=re.IGNORECASE
+    )
+    # nnU-Net's channel, behind the number that tells cases apart: liver_12_0000, but not amos_0012
+    name = re.sub(r"(?<=\d)_\d{4}$", "", name)
+    plain = _PLAIN_NAME.match(name)
+    numbered = plain is not None and any(c.isdigit() for c in name) and stem(path) not in repeated
+    return path.parent.as_posix() if plain and not numbered and path.parent.name else name
+
+
+def pair_labels(records: list[ScanRecord]) -> None:
+    labels = {_pair_key(Path(record.path)): record for record in records if record.kind == "label"}
+    images = [record for record in records if record.kind == "image" and record.format != "dicom"]
+    left = sorted(images, key=lambda image: image.path)
+    for cut_tail in (
+        False,
+        True,
+    ):  # as list_scans pairs: by the whole name, then without _ct, _0000 and the like
+        alone = []
+        for image in left:
+            label = labels.pop(_pair_key(Path(image.path), cut_tail=cut_tail), None)
+            if label is None:
+                alone.append(image)
+            else:
+                _join(image, label)
+        left = alone
+    for label in labels.values():
+        label.add(Reason.ORPHAN_LABEL)
+
+
+def _join(image: ScanRecord, label: ScanRecord) -> None:
+    """Give an image its label, if their grids are one."""
+    label.patient = image.patient
+    if image.status == REJECTED or not image.affine:
+        return
+    if label.status != REJECTED and not _same_grid(image, label):
+        label.add(Reason.LABEL_MISMATCH, f"{label.shape} for {image.shape}")
+    if label.status == REJECTED:
+        image.add(Reason.LABEL_UNUSABLE)
+    else:
+        image.label = label.path
+
+
+def _same_grid(image: ScanRecord, label: ScanRecord) -> bool:
+    return image.shape == label.shape and np.allclose(
+        image.affine, label.affine, atol=0.01 * min(image.spacing_mm)
+    )

@@ -1,0 +1,127 @@
+"""Scans found damaged while they were read: set aside, counted over all workers, and told of; never passed over."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Events
+
+from custom.data.errors import DamagedScan, StoreError
+from custom.data.store.volume_store import write_text
+from custom.errors import AliceError
+from custom.processes import names_of_all, rank
+
+logger = logging.getLogger(__name__)
+
+
+class Quarantine:
+    """Which scans of a run were found damaged, in memory that a loader's workers share.
+
+    A scan is verified whole before its first use, by whichever worker meets it first, so that it is damaged for every
+    pair or for none: what is drawn in its place then depends on the store alone.
+
+    Args:
+        names: of the run's scans.
+        allowed: how many may be damaged; one more stops the run.
+    """
+
+    def __init__(self, names: Sequence[str], allowed: int = 0) -> None:
+        if allowed < 0:
+            raise AliceError(f"bad_scans_allowed must be at least 0, got {allowed}.")
+        self._index = {name: i for i, name in enumerate(sorted(set(names)))}
+        self.allowed = allowed
+        self._damaged = torch.zeros(len(self._index), dtype=torch.bool).share_memory_()
+        self._whole = torch.zeros(len(self._index), dtype=torch.bool).share_memory_()
+
+    @property
+    def names(self) -> list[str]:
+        """The damaged scans that this process or one of its workers has met."""
+        flags = self._damaged.tolist()
+        return [name for name, i in self._index.items() if flags[i]]
+
+    def examine(self, name: str, verify: Callable[[str], None]) -> None:
+        """Let a scan be used only if all of it is whole.
+
+        Args:
+            name: of the scan.
+            verify: reads all of it and raises ``DamagedScan``; called once, whatever the number of workers.
+
+        Raises:
+            DamagedScan: if it was found damaged, now or before.
+        """
+        i = self._index[name]
+        if self._damaged[i]:
+            raise DamagedScan(f"{name} was set aside as damaged.", name)
+        if not self._whole[i]:
+            verify(name)
+            self._whole[i] = True
+
+    def add(self, error: DamagedScan) -> None:
+        """Set a scan aside.
+
+        Raises:
+            StoreError: if that makes more than allowed.
+        """
+        if error.scan not in self._index:
+            raise error
+        known = bool(self._damaged[self._index[error.scan]])
+        self._damaged[self._index[error.scan]] = True
+        if not known:
+            logger.warning("Quarantined %s: %s", error.scan, error)
+        refuse_more(self.names, self.allowed, str(error))
+
+
+def refuse_more(names: Sequence[str], allowed: int, latest: str = "") -> None:
+    """Stop a run with more damaged scans than allowed.
+
+    Raises:
+        StoreError: naming them.
+    """
+    if len(names) > allowed:
+        raise StoreError(
+            f"{len(names)} damaged scan(s) ({', '.join(names[:5])}), {allowed} allowed: {latest} Delete the damaged "
+            f"files and build the store again (alice build --check STORE names them all), or set bad_scans_allowed "
+            f"to {len(names)}."
+        )
+
+
+class QuarantineLog:
+    """Tells of damaged scans of all processes: ``quarantine.json`` in the run's folder, and a number in its log.
+
+    Args:
+        quarantine: of the run's dataset.
+        folder: of the run.
+        every: steps between looks.
+    """
+
+    def __init__(self, quarantine: Quarantine, folder: str | Path, every: int = 100) -> None:
+        self.quarantine, self.path, self.every = quarantine, Path(folder) / "quarantine.json", max(every, 1)
+        self._told: list[str] = []
+
+    def attach(self, engine: Any) -> None:
+        """Hook into a trainer; every process looks at the same steps."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self._look)
+        engine.add_event_handler(Events.COMPLETED, self._look)
+
+    def _start(self, engine: Any) -> None:
+        if self.path.is_file():  # of the run that this one goes on with
+            self._told = list(json.loads(self.path.read_text(encoding="utf-8"))["scans"])
+
+    def _look(self, engine: Any) -> None:
+        met = names_of_all(self.quarantine.names)
+        found = sorted({*met, *self._told})
+        if found != self._told:
+            self._told = found
+            if rank() == 0:
+                content = {"scans": found, "step": engine.state.iteration, "allowed": self.quarantine.allowed}
+                write_text(self.path, json.dumps(content, indent=1))
+                logger.warning("%d damaged scan(s) set aside, see %s", len(found), self.path)
+        if hasattr(engine, "report") and found:
+            engine.report({"quarantined": float(len(found))})
+        refuse_more(met, self.quarantine.allowed)

@@ -1,0 +1,350 @@
+"""A folder of chunked, compressed volumes on one grid, read crop by crop."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from custom.data.errors import DamagedScan, StoreError
+from custom.data.grid.profiles import PROFILES, profile_of, window_of
+from custom.data.remote import RemoteFolder, is_url
+from custom.data.store.chunked_array import CHUNK, ChunkedArray
+from custom.data.store.chunked_array import write_array as write_array
+from custom.errors import AliceError
+
+FORMAT = "alice-store-2"
+READABLE = ("alice-store-1", FORMAT)  # 1: uncropped CT without checksums of chunks
+# what format 1 did not say of itself
+FIRST_SETTINGS = {"profile": "ct", "crop_margin_mm": None, "remove_table": False}
+
+
+@dataclass
+class VolumeRecord:
+    """What the index says of one volume."""
+
+    name: str
+    patient: str
+    shape: list[int]  # voxels along x, y, z
+    affine: list[list[float]]  # voxel to world, RAS mm
+    body_box: list[list[int]]  # first and one-past-last voxel of the body along x, y, z
+    body_step: list[int]  # voxels per cell of the body mask
+    source: str
+    source_sha256: str
+    voxels_sha256: str
+    label_sha256: str | None = None
+    labels: list[int] = field(default_factory=list)
+    source_stamp: dict[str, int] = field(default_factory=dict)  # size and mtime_ns
+    crop_start: list[int] = field(default_factory=lambda: [0, 0, 0])  # in the scan on the store's grid
+    scaling: dict[str, float] = field(
+        default_factory=dict
+    )  # stored = (value - offset) * scale; of profiles but ct
+    chunk_checksums: bool = False  # volumes of format 1 have none
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 3 or len(self.affine) != 4:
+            raise AliceError(f"volume {self.name!r} has shape {self.shape} and affine {self.affine}")
+
+
+class VolumeStore:
+    """Volumes in int16 (HU, or as their profile says), with affine, body mask and (optionally) labels.
+
+    Safe to use from many workers: what is opened is opened per process, and files are only ever replaced whole.
+    Checksums are compared when a part of a file is first read.
+
+    Args:
+        path: the store's folder, as ``build_store`` leaves it; or a URL of any protocol that fsspec knows.
+        cache: of a URL: folder for copies of its files, each fetched when first read.
+
+    Raises:
+        StoreError: if the folder holds no store, or one of another format.
+    """
+
+    def __init__(self, path: str | Path, cache: str | Path | None = None) -> None:
+        self._remote = RemoteFolder(str(path), cache) if is_url(path) else None
+        if self._remote is None:
+            self.path = Path(path)
+        else:
+            self.path = self._remote.folder
+            self._remote.fetch("index.json", refresh=True)
+        index = read_index(self.path)
+        self.settings: dict[str, Any] = index["settings"]
+        self.spacing: tuple[float, ...] = tuple(self.settings["spacing"])
+        self.records = {name: VolumeRecord(**record) for name, record in sorted(index["volumes"].items())}
+        self._open = functools.lru_cache(maxsize=128)(self._open_array)
+        self._body = functools.lru_cache(maxsize=64)(self._body_voxels)  # a large scan's are some MiB
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_body")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open = functools.lru_cache(maxsize=128)(self._open_array)
+        self._body = functools.lru_cache(maxsize=64)(self._body_voxels)
+
+    @property
+    def names(self) -> list[str]:
+        """Every volume, in order."""
+        return list(self.records)
+
+    @property
+    def profile(self) -> str:
+        """Of intensities: ct, mr or zscore."""
+        return str(self.settings["profile"])
+
+    def window(self, window_hu: Sequence[float]) -> tuple[float, float]:
+        """The stored values that become 0 and 1: ``window_hu`` of a CT store, else the profile's own."""
+        return window_of(self.profile, window_hu)
+
+    def air(self, name: str) -> int:
+        """What stands for air in a volume, and for what lies outside of it."""
+        return int(self._record(name).scaling.get("air", PROFILES[self.profile].air))
+
+    def patient(self, name: str) -> str:
+        """Whose scan it is."""
+        return self._record(name).patient
+
+    def shape(self, name: str) -> tuple[int, int, int]:
+        """Voxels along x, y, z."""
+        x, y, z = self._record(name).shape
+        return x, y, z
+
+    def affine(self, name: str) -> np.ndarray:
+        """Voxel to world in RAS mm, (4, 4)."""
+        return np.array(self._record(name).affine)
+
+    def body_box_mm(self, name: str) -> np.ndarray:
+        """The body's box along the volume's own axes: (2, 3), outer corners in voxel coordinates."""
+        return np.array(self._record(name).body_box, dtype=float) - 0.5
+
+    def body_voxels(self, name: str) -> np.ndarray:
+        """Voxels of the body on the coarse grid, (n, 3) int."""
+        return self._body(name)
+
+    def read_crop(
+        self, name: str, start: Sequence[int], size: Sequence[int], fill: int | None = None
+    ) -> np.ndarray:
+        """A box of voxels, padded where it leaves the volume.
+
+        Args:
+            name: of the volume.
+            start: first voxel along x, y, z; may be negative.
+            size: voxels along x, y, z.
+            fill: value outside the volume; None for air.
+
+        Returns:
+            int16 (size).
+
+        Raises:
+            DamagedScan: if its file is missing, or a chunk's checksum differs.
+        """
+        return self._read(name, "hu", start, size, self.air(name) if fill is None else fill, np.int16)
+
+    def read_label_crop(self, name: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        """As :meth:`read_crop`, of the label map, uint8, 0 outside."""
+        if not self.has_label(name):
+            raise StoreError(f"{self.path}: {name} has no label.")
+        return self._read(name, "label", start, size, 0, np.uint8)
+
+    def has_label(self, name: str) -> bool:
+        """Whether a label map was stored with the scan."""
+        return self._record(name).label_sha256 is not None
+
+    def verify(self, name: str) -> None:
+        """Compare the checksums of all chunks of a volume and its body mask, without decompressing them.
+
+        Raises:
+            DamagedScan: if one differs, or a file is missing; volumes of format 1 have none to compare.
+        """
+        for kind in ("hu", "body"):
+            array = self._open(name, kind)
+            with self._named(name, kind):
+                array.verify()
+
+    def check(self) -> dict[str, str]:
+        """Decode every file and compare checksums: name -> what is wrong; empty if all is well."""
+        return dict(self.faults())
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """What is wrong, file by file, as it is found."""
+        for name, record in self.records.items():
+            wanted = {"hu": record.voxels_sha256, "label": record.label_sha256, "body": None}
+            for kind, digest in wanted.items():
+                if kind == "label" and digest is None:
+                    continue
+                try:
+                    found = self._digest(name, kind)
+                except DamagedScan as error:
+                    yield name, str(error)
+                    continue
+                if digest is not None and found != digest:
+                    yield name, f"{self._where(name, kind)}: voxels differ from what was written."
+
+    def _digest(self, name: str, kind: str) -> str:
+        """Of all voxels of a file, read slab by slab."""
+        array = self._open_array(name, kind)
+        digest = hashlib.sha256()
+        with self._named(name, kind):
+            for x in range(0, array.shape[0], CHUNK):
+                end = min(x + CHUNK, array.shape[0])
+                digest.update(np.ascontiguousarray(array.read((x, 0, 0), (end, *array.shape[1:]))))
+        return digest.hexdigest()
+
+    def _read(
+        self, name: str, kind: str, start: Sequence[int], size: Sequence[int], fill: int, dtype: Any
+    ) -> np.ndarray:
+        shape = self._record(name).shape
+        inner = [(max(s, 0), min(s + n, limit)) for s, n, limit in zip(start, size, shape, strict=True)]
+        if not all(a < b for a, b in inner):
+            return np.full(tuple(size), fill, dtype=dtype)
+        array = self._open(name, kind)
+        with self._named(name, kind):
+            found = array.read(tuple(a for a, _ in inner), tuple(b for _, b in inner))
+        if found.shape == tuple(size):
+            return found
+        out = np.full(tuple(size), fill, dtype=dtype)
+        out[tuple(slice(a - s, b - s) for (a, b), s in zip(inner, start, strict=True))] = found
+        return out
+
+    def _body_voxels(self, name: str) -> np.ndarray:
+        array, step = self._open(name, "body"), np.array(self._record(name).body_step)
+        with self._named(name, "body"):
+            return np.argwhere(array.read((0, 0, 0), array.shape)) * step + step // 2
+
+    def _open_array(self, name: str, kind: str) -> ChunkedArray:
+        with self._named(name, kind):
+            array = ChunkedArray(self._file(name, kind))
+            record = self._record(name)
+            if kind != "body" and list(array.shape) != record.shape:
+                raise RuntimeError(f"has shape {list(array.shape)}, {record.shape} was written")
+            if record.chunk_checksums and not array.has_checksums:
+                raise RuntimeError("has lost its checksums")
+        return array
+
+    def _file(self, name: str, kind: str) -> Path:
+        path = volume_path(self.path, name, kind)
+        if self._remote is not None:
+            inside = path.relative_to(self.path).as_posix()
+            return self._remote.fetch(inside, version=self._record(name).voxels_sha256)
+        if not path.is_file():
+            raise FileNotFoundError
+        return path
+
+    def _where(self, name: str, kind: str) -> str:
+        path = volume_path(self.path, name, kind)
+        return str(path) if self._remote is None else f"{self._remote.url}/{path.relative_to(self.path)}"
+
+    @contextlib.contextmanager
+    def _named(self, name: str, kind: str) -> Iterator[None]:
+        """Say of an error which file it is about, and what to do."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise DamagedScan(
+                f"{self._where(name, kind)}: missing. Build the store again; finished volumes are kept.", name
+            ) from error
+        except (RuntimeError, ValueError, OSError) as error:
+            if isinstance(error, DamagedScan):
+                raise
+            what = str(error) or type(error).__name__
+            way_out = "Delete it and build the store again."
+            if self._remote is not None:
+                way_out = (
+                    f"Delete its copy under {self.path} to fetch it again, or mend the store at the URL."
+                )
+            raise DamagedScan(f"{self._where(name, kind)}: damaged ({what}). {way_out}", name) from error
+
+    def _record(self, name: str) -> VolumeRecord:
+        if name not in self.records:
+            raise StoreError(f"{self.path}: holds no volume {name!r}.")
+        return self.records[name]
+
+
+def volume_path(store: Path, name: str, kind: str) -> Path:
+    """Where a volume's ``hu``, ``label`` or ``body`` lies."""
+    return store / "volumes" / f"{name}.{kind}.b2nd"
+
+
+def read_index(store: Path) -> dict[str, Any]:
+    """The store's index, checked for its format."""
+    path = store / "index.json"
+    if not path.is_file():
+        raise StoreError(
+            f"{store}: no store here (index.json is missing). Make one: alice build SCANS {store}"
+        )
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise StoreError(f"{path}: unreadable ({error}). Delete the store and build it again.") from error
+    found = index.get("format") if isinstance(index, dict) else None
+    if found not in READABLE:
+        raise StoreError(
+            f"{path}: format {found!r}, this version reads {FORMAT!r} and older. Build it again, or install the "
+            "version that made it."
+        )
+    index["settings"] = FIRST_SETTINGS | index["settings"]
+    profile_of(index["settings"]["profile"])
+    return index
+
+
+def write_index(
+    store: Path,
+    settings: dict[str, Any],
+    records: dict[str, VolumeRecord],
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Replace the index whole; ``extra`` is kept beside settings and volumes."""
+    content = (extra or {}) | {
+        "format": FORMAT,
+        "settings": settings,
+        "volumes": {n: asdict(r) for n, r in sorted(records.items())},
+    }
+    write_text(store / "index.json", json.dumps(content, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be written ({error}). Make room on the disk and build again."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_of_array(array: np.ndarray) -> str:
+    """Of the voxels, independent of how they are compressed."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """Of a file's bytes."""
+    with open(path, "rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(file)
+        )
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no file_digest
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

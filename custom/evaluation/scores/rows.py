@@ -1,0 +1,62 @@
+"""Rows of scores in a CSV file, every digit kept."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from custom.errors import AliceError
+from custom.files import write_text
+
+_NUMBERS: dict[str, type] = dict.fromkeys(("label", "fold", "seed"), int) | dict.fromkeys(
+    ("dsc", "nsd", "hd95", "reference_ml", "prediction_ml"), float
+)
+
+
+def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV with every digit, all or nothing.
+
+    Raises:
+        ValueError: if there are no rows, or their keys differ.
+    """
+    if not rows:
+        raise AliceError(f"No rows to write to '{path}': score at least one case first.")
+    for index, row in enumerate(rows):
+        if set(row) != set(rows[0]):
+            different = sorted(set(row) ^ set(rows[0]))
+            raise AliceError(
+                f"Row {index} and row 0 differ in the columns {different}; give all rows the same."
+            )
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read what :func:`write_rows` wrote; scores are numbers again, unknown columns stay text.
+
+    Raises:
+        ValueError: naming file, line and column of a value that is no number, or a line of other length.
+    """
+    rows = []
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            if None in row or None in row.values():
+                raise AliceError(
+                    f"'{path}', line {reader.line_num}: not as many values as the header has columns."
+                )
+            for column in set(row) & set(_NUMBERS):
+                try:
+                    row[column] = _NUMBERS[column](row[column])
+                except ValueError:
+                    raise AliceError(
+                        f"'{path}', line {reader.line_num}: {column} is '{row[column]}', which is no number."
+                    ) from None
+            rows.append(row)
+    return rows

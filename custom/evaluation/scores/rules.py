@@ -1,0 +1,96 @@
+"""What a protocol decides: the organs in label order, their tolerances, and what an absent organ scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from custom.errors import AliceError
+
+# Label value 1, 2, ... in the order of FLARE22's official evaluation.
+FLARE22_ORGANS = (
+    "liver",
+    "right kidney",
+    "spleen",
+    "pancreas",
+    "aorta",
+    "inferior vena cava",
+    "right adrenal gland",
+    "left adrenal gland",
+    "gallbladder",
+    "esophagus",
+    "stomach",
+    "duodenum",
+    "left kidney",
+)
+BTCV_ORGANS = (
+    "spleen",
+    "right kidney",
+    "left kidney",
+    "gallbladder",
+    "esophagus",
+    "liver",
+    "stomach",
+    "aorta",
+    "inferior vena cava",
+    "portal and splenic veins",
+    "pancreas",
+    "right adrenal gland",
+    "left adrenal gland",
+)
+
+
+@dataclass(frozen=True)
+class ScoringRule:
+    """A protocol: which organs, and what its authors decided where the formulas leave room.
+
+    Attributes:
+        name: printed beside every number.
+        organs: names of the label values 1, 2, ...
+        tolerances_mm: tolerance of the NSD, one per organ.
+        labelled_slices_only: organs scored on slices [z_min, z_max) of the reference only.
+        absent_score: DSC and NSD of an organ that neither map holds (nan: left out of means, and counted).
+        least_dsc_for_nsd: below this DSC the NSD is 0.
+        decimals: DSC and NSD are rounded to so many, or not at all.
+    """
+
+    name: str
+    organs: tuple[str, ...]
+    tolerances_mm: tuple[float, ...]
+    labelled_slices_only: frozenset[str] = frozenset()
+    absent_score: float = math.nan
+    least_dsc_for_nsd: float = 0.0
+    decimals: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.organs) != len(self.tolerances_mm):
+            raise AliceError(
+                f"Rule '{self.name}' has {len(self.organs)} organs and {len(self.tolerances_mm)} tolerances; "
+                "give one tolerance per organ."
+            )
+
+
+# FLARE22's official evaluation script, all numbers.
+FLARE22 = ScoringRule(
+    name="FLARE22",
+    organs=FLARE22_ORGANS,
+    tolerances_mm=(5, 3, 3, 5, 2, 2, 2, 2, 2, 3, 5, 7, 3),
+    labelled_slices_only=frozenset({"aorta", "inferior vena cava", "esophagus"}),
+    absent_score=1.0,
+    least_dsc_for_nsd=0.2,
+    decimals=4,
+)
+# The DSC is that of the UNETR and Swin UNETR repositories, which give an organ the reference does not hold 0.
+# BTCV defines no NSD: the tolerances are FLARE22's for the same organ, 2 mm for the veins (ours).
+BTCV = ScoringRule(
+    name="BTCV",
+    organs=BTCV_ORGANS,
+    tolerances_mm=(3, 3, 3, 2, 3, 5, 5, 2, 2, 2, 5, 2, 2),
+    absent_score=0.0,
+)
+
+
+def plain_rule(organs: Sequence[str], tolerance_mm: float) -> ScoringRule:
+    """No challenge's rules: one tolerance, every slice, no rounding, and absent organs are nan."""
+    return ScoringRule("plain", tuple(organs), (tolerance_mm,) * len(organs))

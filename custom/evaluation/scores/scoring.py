@@ -1,0 +1,227 @@
+"""A folder of predictions scored against a folder of references, every case counted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from custom.errors import AliceError
+from custom.evaluation.scores.case_files import (
+    Reference,
+    Volume,
+    find_references,
+    match_files,
+    named_cases,
+    read_case_file,
+    refuse_other_grid,
+    with_folds,
+)
+from custom.evaluation.scores.masks import label_map
+from custom.evaluation.scores.metrics import case_rows
+from custom.evaluation.scores.rules import BTCV, FLARE22, ScoringRule, plain_rule
+from custom.evaluation.statistics.statistics import summarise
+from custom.evaluation.statistics.tables import summary_markdown
+
+RULES = {"flare22": FLARE22, "btcv": BTCV}
+PLAIN_TOLERANCE_MM = 2.0  # between FLARE22's strictest organs and its usual ones (ours)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What :func:`score_folder` found.
+
+    Attributes:
+        rows: of :func:`custom.evaluation.scores.metrics.case_rows`, case by case, with ``fold`` and ``seed`` if known.
+        failed: cases without a prediction; their rows have the status ``failed``.
+        strangers: prediction files of no case.
+    """
+
+    rows: list[dict[str, Any]]
+    failed: list[str]
+    strangers: list[Path]
+
+
+def make_rule(
+    name: str, organs: Sequence[str] | str | None = None, tolerance_mm: float | Sequence[float] | None = None
+) -> ScoringRule:
+    """The protocol of a name.
+
+    Args:
+        name: ``flare22`` or ``btcv``, which fix everything, or ``plain``.
+        organs: of ``plain``: names of the labels 1, 2, ...; or the metadata.json of a bundle, which names them.
+        tolerance_mm: of ``plain``: one for all organs, or one each.
+
+    Raises:
+        ValueError: for an unknown name, organs or tolerances where the rule fixes them, or none where it does not.
+    """
+    if name in RULES:
+        if organs is not None or tolerance_mm is not None:
+            raise AliceError(
+                f"The rules '{name}' fix organs and tolerances; with your own they are --rules plain."
+            )
+        return RULES[name]
+    if name != "plain":
+        raise AliceError(f"There are no rules '{name}'; choose among {', '.join([*RULES, 'plain'])}.")
+    if not organs:
+        raise AliceError(
+            "The plain rules need the organs in label order: --names liver,spleen or --names BUNDLE/configs/metadata.json."
+        )
+    listed = _organ_names(organs)
+    if len(set(listed)) < len(listed):
+        raise AliceError(f"Two labels have one name in {listed}; name every label differently.")
+    if tolerance_mm is None or isinstance(tolerance_mm, (int, float)):
+        return plain_rule(listed, PLAIN_TOLERANCE_MM if tolerance_mm is None else float(tolerance_mm))
+    return ScoringRule("plain", listed, tuple(float(mm) for mm in tolerance_mm))
+
+
+def read_cases(cases: str | Sequence[Any] | None) -> list[str] | None:
+    """Names of cases from a list, a text with commas, or a text file with one a line.
+
+    Raises:
+        ValueError: if a file holds none.
+    """
+    if cases is None:
+        return None
+    if isinstance(cases, str) and Path(cases).is_file():
+        listed = Path(cases).read_text(encoding="utf-8").split()
+    else:
+        listed = cases.split(",") if isinstance(cases, str) else [str(case) for case in cases]
+    named = [case.strip() for case in listed if case.strip()]
+    if not named:
+        raise AliceError(f"{cases}: names no case.")
+    return named
+
+
+def score_folder(
+    predictions: str | Path,
+    references: str | Path,
+    rule: ScoringRule,
+    *,
+    cases: Sequence[str] | None = None,
+    fold: int | None = None,
+    split: str | Path | None = None,
+    seed: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Scored:
+    """Score every reference; one without a prediction is a failure with DSC and NSD 0.
+
+    Args:
+        predictions: folder of label maps on the original images' grids.
+        references: folder or datalist of label maps; decides which cases there are.
+        rule: the protocol.
+        cases: only these.
+        fold: written into the rows; where the split or the datalist says which cases it has, only these are scored.
+        split: the folds.json of a bundle.
+        seed: of the training, written into the rows.
+        progress: called with cases done and cases in all.
+
+    Raises:
+        ValueError: naming the file, for another grid, a label the rule does not know, or a reference without
+            any label; if no prediction matches a case; or a fold holds none.
+    """
+    everyone = find_references(references)
+    if split is not None:
+        everyone = with_folds(everyone, split)
+    wanted = _wanted(everyone, str(references), cases, fold)
+    found, strangers = match_files(predictions, everyone)
+    if not any(reference.case in found for reference in wanted):
+        raise AliceError(
+            f"{predictions}: none of its files is of a case to score ({wanted[0].case}, ...), they are of "
+            f"{', '.join(sorted(found)[:5])}; check the fold."
+        )
+    folds = [reference.fold if fold is None else fold for reference in wanted]
+    rows: list[dict[str, Any]] = []
+    for done, (reference, its_fold) in enumerate(zip(wanted, folds, strict=True), start=1):
+        more: dict[str, Any] = {}
+        if None not in folds:
+            more["fold"] = its_fold
+        if seed is not None:
+            more["seed"] = seed
+        scored = score_case(found.get(reference.case), reference.path, rule, reference.case)
+        rows += [{"case": row["case"]} | more | row for row in scored]
+        progress(done, len(wanted))
+    failed = [reference.case for reference in wanted if reference.case not in found]
+    return Scored(rows, failed, strangers)
+
+
+def score_case(
+    prediction: Path | None, reference: Path, rule: ScoringRule, case: str
+) -> list[dict[str, Any]]:
+    """The rows of one case; without a prediction they are failures.
+
+    A failure scores 0 on every organ that the reference holds, and on absent ones unless the rule leaves those
+    out of its means.
+    """
+    truth = read_case_file(reference)
+    labels_r = _labels(truth, rule)
+    if not labels_r.any():
+        raise AliceError(f"{reference}: the reference holds no organ at all; repair it or leave it out.")
+    if prediction is None:
+        rows = case_rows(np.zeros_like(labels_r), labels_r, truth.spacing, rule, case=case)
+        for row in rows:
+            absent = row["status"] == "absent"
+            score = math.nan if absent and math.isnan(rule.absent_score) else 0.0
+            row |= {"status": "failed", "dsc": score, "nsd": score, "hd95": math.nan if absent else math.inf}
+        return rows
+    guess = read_case_file(prediction)
+    refuse_other_grid(guess, truth)
+    labels_p = _labels(guess, rule)
+    # rules that speak of slices mean axial ones; the last axis is that of every challenge's files, so that
+    # axes are moved only where a file is stored otherwise, and never flipped
+    axes = np.argsort(nib.io_orientation(truth.affine)[:, 0])
+    spacing = [truth.spacing[axis] for axis in axes]
+    return case_rows(labels_p.transpose(axes), labels_r.transpose(axes), spacing, rule, case=case)
+
+
+def score_markdown(scored: Scored, rule: ScoringRule) -> str:
+    """The run in a table per organ, and in words what was not measured."""
+    num_cases = len({row["case"] for row in scored.rows})
+    said = [f"**{rule.name}**, {num_cases} cases, {len(scored.failed)} of them without a prediction."]
+    if scored.failed:
+        said.append(f"Failed, counted as 0: {', '.join(scored.failed)}.")
+    if scored.strangers:
+        names = ", ".join(str(path) for path in scored.strangers[:5])
+        more = ", ..." if len(scored.strangers) > 5 else ""
+        said.append(f"Left out, as no reference is theirs: {len(scored.strangers)} files ({names}{more}).")
+    summaries = {metric: summarise(scored.rows, metric) for metric in ("dsc", "nsd", "hd95")}
+    return "\n\n".join([*said, summary_markdown(summaries)])
+
+
+def _labels(volume: Volume, rule: ScoringRule) -> NDArray[np.integer]:
+    return label_map(volume.voxels, f"file {volume.path}", rule)
+
+
+def _wanted(
+    references: Sequence[Reference], source: str, cases: Sequence[str] | None, fold: int | None
+) -> list[Reference]:
+    chosen = list(references) if cases is None else named_cases(references, cases)
+    if fold is not None and any(reference.fold is not None for reference in references):
+        chosen = [reference for reference in chosen if reference.fold == fold]
+    if not chosen:
+        known = sorted({reference.fold for reference in references if reference.fold is not None})
+        raise AliceError(f"{source}: no case to score in fold {fold}; its folds are {known}.")
+    return chosen
+
+
+def _organ_names(organs: Sequence[str] | str) -> tuple[str, ...]:
+    if not isinstance(organs, str):
+        return tuple(str(organ) for organ in organs)
+    if not organs.endswith(".json"):
+        return tuple(organ.strip() for organ in organs.split(","))
+    try:
+        channels: Mapping[str, str] = json.loads(Path(organs).read_text(encoding="utf-8"))[
+            "network_data_format"
+        ]["outputs"]["pred"]["channel_def"]
+        return tuple(channels[str(label)] for label in range(1, len(channels)))
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise AliceError(
+            f"{organs}: no bundle's metadata.json with network_data_format.outputs.pred.channel_def ({error!r})."
+        ) from error

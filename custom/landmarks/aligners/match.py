@@ -1,0 +1,33 @@
+"""What an aligner is: a point of one scan in, the same point of another scan out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+
+class ScanGeometry(Protocol):
+    """What an aligner may ask of a collection of scans (a ``VolumeStore`` answers it)."""
+
+    def affine(self, name: str) -> np.ndarray: ...
+    def body_box_mm(self, name: str) -> np.ndarray: ...
+    def body_voxels(self, name: str) -> np.ndarray: ...
+
+
+class Match(NamedTuple):
+    """Where a point lies in the other scan, and how sure the aligner is (1 is best)."""
+
+    point_mm: np.ndarray  # (3,) RAS
+    score: float
+
+
+class Aligner(Protocol):
+    """One interface for every way to find the same anatomy."""
+
+    name: str
+    threshold: float  # matches that score less are not to be used
+
+    def align(self, scan_q: str, point_mm: np.ndarray, scan_k: str, rng: np.random.Generator) -> Match:
+        """The point of ``scan_k`` that corresponds to ``point_mm`` of ``scan_q``."""
+        ...

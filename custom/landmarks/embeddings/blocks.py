@@ -1,0 +1,68 @@
+"""A scan in cells of 16 mm: few enough to match all of two scans, and to read off on which map they agree."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from custom.landmarks.embeddings.lattice import flat_index, interpolate_at, lattice_weights
+from custom.landmarks.sam.scan_grid import Triple, cell_to_world
+
+Array = NDArray[Any]
+
+
+class Blocks(NamedTuple):
+    """A scan's cells of 16 mm (4 x 4 x 4 fine cells) that hold body.
+
+    Attributes:
+        vectors: (n, 2C) float32; the product of two is the mean of their fine and coarse similarity.
+        points_mm: (n, 3), the middle of what body they hold.
+        alternate: so many come first and are every second one of the lattice, as a chessboard's black squares: enough
+            to find a block's like among, at half the cost.
+    """
+
+    vectors: Array
+    points_mm: Array
+    alternate: int
+
+
+def make_blocks(pooled_rows: Array, used: Array, coarse: Array, grid: Triple, affine: Array) -> Blocks:
+    """Blocks of the means of up to eight pooled vectors beside the interpolated coarse one, each half of length sqrt(1/2).
+
+    Args:
+        pooled_rows: (cells, C) of the 8 mm cells that hold body, in the order of ``used``.
+        used: bool (z, y, x), which 8 mm cells those are; one at least.
+        coarse: (z, y, x, C).
+        grid: fine cells along z, y, x.
+        affine: of the 2 mm grid, voxel (x, y, z) to world mm.
+    """
+    cells = np.argwhere(used)
+    first, members, alternate = _blocks_of(cells, used.shape)
+    order = np.argsort(members, kind="stable")
+    starts = np.searchsorted(members[order], np.arange(len(first)))
+    fine = np.add.reduceat(pooled_rows[order], starts, axis=0)
+    weights = lattice_weights(grid, (coarse.shape[0], coarse.shape[1], coarse.shape[2]), 4)
+    context = interpolate_at(coarse, weights, tuple((cells[first] // 2).T))
+    halves = [
+        half / np.maximum(np.linalg.norm(half, axis=1, keepdims=True), 1e-12) for half in (fine, context)
+    ]
+    vectors = (np.concatenate(halves, axis=1) * np.sqrt(0.5)).astype(np.float32)
+
+    middles = np.minimum(2 * cells + 0.5, np.array(grid) - 1)  # in fine cells
+    sums = np.stack([np.bincount(members, axis) for axis in middles.T], axis=-1)
+    points = cell_to_world(sums / np.bincount(members)[:, None], affine, "fine")
+    return Blocks(vectors, points, alternate)
+
+
+def _blocks_of(cells: Array, shape: tuple[int, ...]) -> tuple[Array, Array, int]:
+    """Of 8 mm cells (m, 3): the first one of each block, each one's block (m,), and how many blocks are alternate."""
+    blocks = cells // 2
+    size = (np.array(shape) + 1) // 2
+    flat = flat_index(blocks, (int(size[0]), int(size[1]), int(size[2])))
+    other = (
+        blocks.sum(axis=1) - blocks[0].sum()
+    ) % 2  # of the first cell's colour there is one block at least
+    values, first, members = np.unique(other * size.prod() + flat, return_index=True, return_inverse=True)
+    return first, members, int((values < size.prod()).sum())

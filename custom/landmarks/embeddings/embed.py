@@ -1,0 +1,209 @@
+"""Many scans embedded, each once: a file per scan, kept while it fits, refused when stale."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from custom.data.grid.profiles import require_ct
+from custom.data.scans import Scan, list_scans
+from custom.data.store.volume_store import VolumeStore, sha256_of_file, write_text
+from custom.landmarks.embeddings.file import FORMAT, EmbeddingError, Saved, save_embedding
+from custom.landmarks.embeddings.folder import INDEX, embedding_path, read_folder_index
+from custom.landmarks.embeddings.packing import bits_for
+from custom.landmarks.embeddings.stored import StoredEmbedding
+from custom.landmarks.sam.network import SAM, embed_scan
+from custom.landmarks.sam.scan_grid import read_scan
+
+logger = logging.getLogger(__name__)
+
+
+def embed_store(
+    model: SAM,
+    weights_sha256: str,
+    store: VolumeStore,
+    out: str | Path,
+    *,
+    names: Sequence[str] | None = None,
+    threshold: float | None = None,
+    fine_bits: int | None = None,
+    slab: int = 32,
+    overwrite: bool = False,
+    progress: bool = True,
+    allow_profile: bool = False,
+) -> list[Saved]:
+    """Embed every volume of a store: ``<out>/<name>.sam``. What is there already, and fits, is kept.
+
+    Args:
+        model: in evaluation mode.
+        weights_sha256: of the file its weights came from.
+        store: volumes in HU.
+        out: folder to write; made if missing.
+        names: volumes to embed; None for all.
+        threshold: the weights' calibrated score, kept with the embeddings unless the folder has its own.
+        fine_bits: see :func:`save_embedding`; None leaves files of other bits as they are.
+        slab: see :func:`custom.landmarks.sam.network.embed_scan`.
+        overwrite: replace what was made with other weights or from other voxels.
+        progress: show a bar.
+        allow_profile: embed a store of another profile than ct, which SAM was not trained on.
+
+    Returns:
+        What was written in this call.
+
+    Raises:
+        ProfileError: for a store of another profile, unless allowed.
+        EmbeddingError: if the folder holds embeddings made with other weights, or of a scan that has changed,
+            and ``overwrite`` is False.
+    """
+    require_ct(store.profile, store.path, "SAM", allow_profile)
+    chosen = list(names) if names is not None else store.names
+    sources = {name: store.records[name].voxels_sha256 for name in chosen}
+
+    def read(name: str) -> tuple[Any, NDArray[np.float64]]:
+        return store.read_crop(name, (0, 0, 0), store.shape(name)), store.affine(name)
+
+    return _embed_all(
+        model,
+        weights_sha256,
+        sources,
+        read,
+        Path(out),
+        threshold,
+        fine_bits,
+        slab,
+        overwrite,
+        progress,
+        store.profile,
+    )
+
+
+def embed_folder(
+    model: SAM,
+    weights_sha256: str,
+    source: str | Path | Sequence[Scan],
+    out: str | Path,
+    *,
+    threshold: float | None = None,
+    fine_bits: int | None = None,
+    slab: int = 32,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> list[Saved]:
+    """As :func:`embed_store`, of a folder of NIfTI files, a datalist or a list of scans."""
+    scans = list_scans(source) if isinstance(source, str | Path) else list(source)
+    images = {scan.name: scan.image for scan in scans}
+    sources = {name: sha256_of_file(image) for name, image in images.items()}
+
+    def read(name: str) -> tuple[Any, NDArray[np.float64]]:
+        volume, affine = read_scan(images[name])
+        return volume.numpy(), affine
+
+    return _embed_all(
+        model, weights_sha256, sources, read, Path(out), threshold, fine_bits, slab, overwrite, progress
+    )
+
+
+def _embed_all(
+    model: SAM,
+    weights_sha256: str,
+    sources: dict[str, str],
+    read: Callable[[str], tuple[Any, NDArray[np.float64]]],
+    out: Path,
+    threshold: float | None,
+    fine_bits: int | None,
+    slab: int,
+    overwrite: bool,
+    progress: bool,
+    profile: str = "ct",
+) -> list[Saved]:
+    bits_for(0, fine_bits)  # before anything is written
+    made = _index_to_keep(out, overwrite)
+    if made is not None:
+        if made["weights_sha256"] != weights_sha256 and not overwrite:
+            raise EmbeddingError(
+                f"{out}: made with weights {made['weights_sha256'][:12]}, now {weights_sha256[:12]} are given, and "
+                "their embeddings do not compare. Choose another folder, or --overwrite."
+            )
+        if made.get("profile", "ct") != profile and not overwrite:
+            raise EmbeddingError(
+                f"{out}: made from intensities of profile {made.get('profile', 'ct')!r}, now {profile!r} are given. "
+                "Choose another folder."
+            )
+        if made["weights_sha256"] == weights_sha256 and made.get("threshold") is not None:
+            threshold = made["threshold"]  # of these weights, maybe calibrated since they were saved
+    todo = [
+        name
+        for name in sources
+        if _needs_embedding(out, name, weights_sha256, sources[name], fine_bits, overwrite)
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    index = {
+        "format": FORMAT,
+        "weights_sha256": weights_sha256,
+        "threshold": threshold,
+        "profile": profile,
+        "network": model.settings,
+    }
+    write_text(out / INDEX, json.dumps(index, indent=1))
+
+    written = []
+    for name in tqdm(todo, desc="embed", disable=not progress or not todo):
+        volume, affine = read(name)
+        embedding = embed_scan(model, (volume, affine), slab=slab)
+        if embedding.body is None:
+            logger.warning("%s: no body found (nothing above -500 HU); all of the scan is embedded.", name)
+        saved = save_embedding(
+            embedding_path(out, name),
+            embedding,
+            weights_sha256,
+            sources[name],
+            name=name,
+            body=embedding.body,
+            fine_bits=fine_bits,
+        )
+        logger.info(
+            "%s: %.1f MiB, cosine to float32 %.5f on average, %.5f at worst",
+            saved.path,
+            saved.num_bytes / 2**20,
+            saved.mean_cosine,
+            saved.lowest_cosine,
+        )
+        written.append(saved)
+    return written
+
+
+def _index_to_keep(out: Path, overwrite: bool) -> dict[str, Any] | None:
+    """What a folder says of itself; None for a new one, or one that nobody can read and that is to be overwritten."""
+    try:
+        return read_folder_index(out) if (out / INDEX).is_file() else None
+    except EmbeddingError:
+        if overwrite:
+            return None
+        raise
+
+
+def _needs_embedding(
+    out: Path, name: str, weights: str, source: str, fine_bits: int | None, overwrite: bool
+) -> bool:
+    path = embedding_path(out, name)
+    if not path.is_file():
+        return True
+    try:
+        header = StoredEmbedding(path).header
+    except EmbeddingError:
+        if overwrite:
+            return True
+        raise
+    if header.weights_sha256 == weights and header.source_sha256 == source:
+        return fine_bits not in (None, header.fine_bits)
+    if overwrite:
+        return True
+    what = "with other weights" if header.weights_sha256 != weights else "from a scan that has changed since"
+    raise EmbeddingError(f"{path}: made {what}. Delete it, choose another folder, or --overwrite.")

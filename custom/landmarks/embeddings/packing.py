@@ -1,0 +1,93 @@
+"""Vectors rounded to a few bits a number and packed close together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from custom.errors import AliceError
+
+# How many bits a number takes. The fewer numbers, the more each of them weighs; see the SAM bundle's docs for what was
+# measured. Entropy coding (zstd) gains nothing on top and costs ten times the search.
+FEW_NUMBERS = 64
+BITS_OF_FEW, BITS_OF_MANY = 7, 4
+_STEPS_AN_OCTAVE, _SMALLEST = 24, 2.0**-8  # of the largest number of a row, as it is stored
+
+
+def bits_for(dim: int, asked: int | None = None) -> int:
+    """Bits a number of fine vectors of ``dim`` numbers: those asked for, or by default 4 of many, 7 of few.
+
+    Raises:
+        ValueError: for bits that nothing is packed to.
+    """
+    if asked is None:
+        return BITS_OF_FEW if dim <= FEW_NUMBERS else BITS_OF_MANY
+    if not 4 <= asked <= 8:
+        raise AliceError(f"fine_bits must be in 4 to 8, got {asked}.")
+    return asked
+
+
+def quantise(vectors: NDArray[np.float32], levels: int) -> NDArray[np.int8]:
+    """Round vectors (N, C) to ``levels`` steps to each side of zero, the largest number at the last step."""
+    largest = np.maximum(np.abs(vectors).max(axis=-1, keepdims=True), 1e-12)
+    return np.rint(vectors * (levels / largest)).astype(np.int8)
+
+
+def quantise_sized(vectors: NDArray[np.float32], levels: int) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
+    """As :func:`quantise`, for vectors whose lengths matter: also the code (N,) of the number that the last step stands for.
+
+    That is the next one of 24 an octave above the largest; :func:`largest_of` reads it.
+    """
+    largest = np.maximum(np.abs(vectors).max(axis=-1), _SMALLEST)
+    code = np.ceil(_STEPS_AN_OCTAVE * np.log2(largest / _SMALLEST)).clip(0, 255).astype(np.uint8)
+    scale = (levels / largest_of(code))[:, None]
+    return np.rint((vectors * scale).clip(-levels, levels)).astype(np.int8), code
+
+
+def largest_of(code: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What the last step of vectors stands for, of :func:`quantise_sized`."""
+    return _LARGEST[code]
+
+
+_LARGEST = (_SMALLEST * 2.0 ** (np.arange(256) / _STEPS_AN_OCTAVE)).astype(np.float32)
+
+
+def levels_of(bits: int) -> int:
+    """Steps to each side of zero that so many bits can tell apart."""
+    return (1 << (bits - 1)) - 1
+
+
+def pack(steps: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
+    """Numbers (N, C) of ``bits`` each, close together: four bits in halves of bytes, further ones as bit planes; 8 as they are."""
+    raised = (steps.astype(np.int16) + levels_of(bits)).astype(np.uint8)
+    if bits == 8:
+        return raised
+    half = -(-raised.shape[1] // 2)
+    low = raised[:, :half] & 15
+    low[:, : raised.shape[1] - half] |= (raised[:, half:] & 15) << 4
+    planes = [np.packbits((raised >> bit) & 1, axis=1) for bit in range(4, bits)]
+    return np.concatenate([low, *planes], axis=1)
+
+
+def unpack(packed: NDArray[np.uint8], bits: int, dim: int) -> NDArray[np.float32]:
+    """What :func:`pack` packed, (N, C) as float32."""
+    if bits == 8:
+        return packed.astype(np.float32) - levels_of(bits)
+    half, plane = -(-dim // 2), -(-dim // 8)
+    raised = np.empty((len(packed), 2 * half), np.uint8)
+    np.bitwise_and(packed[:, :half], 15, out=raised[:, :half])
+    np.right_shift(packed[:, :half], 4, out=raised[:, half:])
+    raised = raised[:, :dim]
+    for bit in range(4, bits):
+        start = half + (bit - 4) * plane
+        raised |= np.unpackbits(packed[:, start : start + plane], axis=1, count=dim) << bit
+    out = raised.astype(np.float32)
+    out -= levels_of(bits)
+    return out
+
+
+def row_lengths(rows: NDArray[Any]) -> NDArray[np.float32]:
+    rows = rows.astype(np.float32, copy=False)
+    return np.maximum(np.sqrt(np.einsum("nc,nc->n", rows, rows)), 1e-12)

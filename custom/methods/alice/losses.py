@@ -1,0 +1,173 @@
+"""The three terms of the method and their sum: l_r + l_dv + l_st (Alice, Eq. 1, 2, 5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from custom.encoders.masking import refine_mask
+from custom.encoders.patches import empty_patches, normalise_patches, patchify
+from custom.errors import AliceError
+from custom.methods.alice.branch import StudentOutput
+from custom.methods.terms import cosine_distance, masked_mean
+from custom.processes import gather_rows, mean_over_processes, rank
+
+SIMILARITIES = ("cosine", "dino", "infonce")
+RECONSTRUCTIONS = ("masked", "whole")
+
+
+class AliceLoss(nn.Module):
+    """All terms of the method, each summed over Q and K, in fp32.
+
+    Args:
+        patch: voxels per token along x, y, z.
+        similarity: ``cosine`` (the paper), ``dino`` (centred cross entropy; the authors' code),
+            ``infonce`` (pooled vectors against the other samples of the batch, tokens against the other
+            tokens of their crop; ours).
+        weight_r, weight_dv, weight_st: factors of the terms; the paper adds them with 1, 1, 1.
+        reconstruction: ``masked`` (hidden patches, normalised; the paper) or ``whole`` (all voxels, raw
+            intensities; the authors' code).
+        skip_empty: leave hidden patches of one flat value out of l_r (ours).
+        temperature: of ``infonce`` (ours: 0.2) and of the student in ``dino`` (the authors' code: 0.1);
+            None takes these.
+        teacher_temperature: of the teacher in ``dino``, from and to (the authors' code: 0.008 to 0.01,
+            linear over the first ``teacher_warmup`` steps).
+        teacher_warmup: steps of that ramp.
+        width: channels of pooled and token vectors; needed for ``dino``, which keeps running centres.
+    """
+
+    centre_pooled: Tensor
+    centre_tokens: Tensor
+
+    def __init__(
+        self,
+        patch: Sequence[int] = (16, 16, 16),
+        similarity: str = "cosine",
+        weight_r: float = 1.0,
+        weight_dv: float = 1.0,
+        weight_st: float = 1.0,
+        reconstruction: str = "masked",
+        skip_empty: bool = True,
+        temperature: float | None = None,
+        teacher_temperature: Sequence[float] = (0.008, 0.01),
+        teacher_warmup: int = 0,
+        width: int = 256,
+    ) -> None:
+        super().__init__()
+        if similarity not in SIMILARITIES:
+            raise AliceError(f"similarity must be one of {', '.join(SIMILARITIES)}; got {similarity!r}.")
+        if reconstruction not in RECONSTRUCTIONS:
+            raise AliceError(
+                f"reconstruction must be one of {', '.join(RECONSTRUCTIONS)}; got {reconstruction!r}."
+            )
+        for name, weight in (("weight_r", weight_r), ("weight_dv", weight_dv), ("weight_st", weight_st)):
+            if not weight >= 0 or math.isinf(weight):
+                raise AliceError(f"{name} must be 0 or more, got {weight}.")
+        self.patch = tuple(patch)
+        self.similarity, self.reconstruction, self.skip_empty = similarity, reconstruction, skip_empty
+        self.weights = {"l_r": weight_r, "l_dv": weight_dv, "l_st": weight_st}
+        self.temperature = temperature or (0.1 if similarity == "dino" else 0.2)
+        self.teacher_temperature, self.teacher_warmup = tuple(teacher_temperature), teacher_warmup
+        self.register_buffer("centre_pooled", torch.zeros(width))
+        self.register_buffer("centre_tokens", torch.zeros(width))
+
+    def forward(
+        self,
+        output: StudentOutput,
+        crop: Tensor,
+        hidden: Tensor,
+        step: int = 0,
+        similarity_scale: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """Every term and their weighted sum.
+
+        Args:
+            output: of the student for Q and K stacked along the batch: the first half is Q, the second K.
+            crop: (2B, 1, X, Y, Z) what the student was to reconstruct.
+            hidden: bool over mask units (2B, ux, uy, uz).
+            step: number of the optimizer's step, for the teacher's temperature.
+            similarity_scale: factor on l_dv and l_st, for their warm-up.
+
+        Returns:
+            ``l_r``, ``l_dv``, ``l_st`` (unweighted) and ``total``.
+        """
+        if len(crop) % 2:
+            raise AliceError(f"Q and K are stacked along the batch, which must be even; got {len(crop)}.")
+        temperature = self._teacher_temperature(step)
+        pooled, target = output.student_pooled.float(), output.teacher_pooled.detach().float()
+        crossed = target.roll(len(target) // 2, dims=0)  # the student's Q against the teacher's K, and back
+        terms = {
+            "l_r": 2 * self.reconstruction_loss(output.pixels.float(), crop.float(), hidden),
+            "l_dv": 2 * self._similarity(pooled, crossed, self.centre_pooled, temperature, pooled_view=True),
+        }
+        if output.student_tokens is None or output.teacher_tokens is None:
+            terms["l_st"] = torch.zeros_like(terms["l_r"])
+        else:
+            tokens, aligned = output.student_tokens.float(), output.teacher_tokens.detach().float()
+            terms["l_st"] = 2 * self._similarity(
+                tokens, aligned, self.centre_tokens, temperature, pooled_view=False
+            )
+        if self.training and self.similarity == "dino":
+            self._move_centre(self.centre_pooled, target)
+            if output.teacher_tokens is not None:
+                self._move_centre(self.centre_tokens, output.teacher_tokens)
+        scale = {"l_r": 1.0, "l_dv": similarity_scale, "l_st": similarity_scale}
+        total = torch.stack([self.weights[name] * scale[name] * term for name, term in terms.items()]).sum()
+        return terms | {"total": total}
+
+    def reconstruction_loss(self, pixels: Tensor, crop: Tensor, hidden: Tensor) -> Tensor:
+        """Squared error of predicted patches, averaged over patches and samples (Alice, Eq. 1)."""
+        patches = patchify(crop, self.patch)  # (2B, N, P)
+        if self.reconstruction == "whole":
+            return F.mse_loss(pixels, patches)
+        grid = [side // p for side, p in zip(crop.shape[2:], self.patch, strict=True)]
+        factor = [g // u for g, u in zip(grid, hidden.shape[1:], strict=True)]
+        chosen = refine_mask(hidden, factor).flatten(1).to(crop.device, non_blocking=True)
+        if self.skip_empty:
+            chosen = chosen & ~empty_patches(patches)
+        error = (pixels - normalise_patches(patches)).square().mean(dim=-1)
+        return masked_mean(error, chosen)
+
+    def _similarity(
+        self, student: Tensor, teacher: Tensor, centre: Tensor, temperature: float, pooled_view: bool
+    ) -> Tensor:
+        if self.similarity == "cosine":
+            return cosine_distance(student, teacher).mean()
+        if self.similarity == "dino":
+            target = torch.softmax((teacher - centre) / temperature, dim=-1)
+            return -(target * F.log_softmax(student / self.temperature, dim=-1)).sum(dim=-1).mean()
+        if pooled_view:
+            # a crop's own partner is right; the same crop seen by the teacher is no wrong answer, so only
+            # one side (all Q, or all K) is offered at a time
+            half = len(student) // 2
+            sides = zip(student.split(half), teacher.split(half), strict=True)
+            return torch.stack([self._contrast(s, t) for s, t in sides]).mean()
+        # a token is told apart from the other tokens of its own crop: against other crops, knowing the patient
+        # would be enough, which is what cross-patient features must not encode
+        logits = (
+            F.normalize(student, dim=-1) @ F.normalize(teacher, dim=-1).transpose(1, 2) / self.temperature
+        )
+        right = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+        return F.cross_entropy(logits.flatten(0, 1), right.flatten())
+
+    def _contrast(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """InfoNCE of pooled rows (n, D) against the teacher's rows of all processes."""
+        keys = F.normalize(gather_rows(teacher), dim=-1)
+        logits = F.normalize(student, dim=-1) @ keys.T / self.temperature
+        right = torch.arange(len(student), device=student.device) + rank() * len(student)
+        return F.cross_entropy(logits, right)
+
+    def _teacher_temperature(self, step: int) -> float:
+        start, end = self.teacher_temperature
+        share = min(step / self.teacher_warmup, 1.0) if self.teacher_warmup > 0 else 1.0
+        return start + (end - start) * share
+
+    @torch.no_grad()
+    def _move_centre(self, centre: Tensor, teacher: Tensor) -> None:
+        """Running mean of the teacher's vectors, momentum 0.9 (the authors' code)."""
+        mean = mean_over_processes(teacher.float().flatten(0, -2).mean(dim=0))
+        centre.mul_(0.9).add_(mean, alpha=0.1)

@@ -1,0 +1,105 @@
+"""A picture of what a run has learnt: its curves, a reconstruction, and one place found in another patient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from custom.encoders.masking import hidden_voxels
+from custom.encoders.patches import patchify, unpatchify
+from custom.methods.alice.branch import StudentBranch
+
+
+@torch.no_grad()
+def reconstruction(student: StudentBranch, crop: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """What the student sees of a crop, and how it fills in the rest.
+
+    Args:
+        crop: (1, 1, X, Y, Z) in [0, 1].
+        hidden: bool over mask units (1, ux, uy, uz).
+
+    Returns:
+        The masked crop and the crop with hidden patches predicted, both (X, Y, Z). Predictions are of
+        normalised patches (MAE), so each is shown with its patch's true mean and spread.
+    """
+    encoder = student.encoder
+    encoded = encoder(crop, hidden)
+    decoded = student.decoder(encoded.tokens, encoded.grid, encoder.token_mask(hidden))
+    patches = patchify(crop, encoder.patch)
+    spread, mean = patches.std(dim=-1, keepdim=True), patches.mean(dim=-1, keepdim=True)
+    predicted = unpatchify(student.decoder.pixels(decoded) * spread + mean, encoded.grid, encoder.patch)
+    unseen = hidden_voxels(hidden, encoder.unit)
+    return torch.where(unseen, 0.0, crop)[0, 0], torch.where(unseen, predicted.clamp(0, 1), crop)[0, 0]
+
+
+@torch.no_grad()
+def token_similarity(student: StudentBranch, crop_q: Tensor, crop_k: Tensor, voxel: Sequence[int]) -> Tensor:
+    """Cosine of Q's token at a voxel with every token of K, centred over both crops: (X, Y, Z), upsampled."""
+    encoder = student.encoder
+    encoded = encoder(torch.cat([crop_q, crop_k]))
+    tokens = F.normalize(encoded.tokens - encoded.tokens.mean(dim=(0, 1)), dim=-1)
+    place = [v // p for v, p in zip(voxel, encoder.patch, strict=True)]
+    index = int(np.ravel_multi_index(place, encoded.grid))
+    field = (tokens[1] @ tokens[0, index]).view(1, 1, *encoded.grid)
+    return F.interpolate(field, size=crop_k.shape[2:], mode="trilinear", align_corners=False)[0, 0]
+
+
+def run_picture(
+    student: StudentBranch, log: list[dict[str, Any]], crop_q: Tensor, crop_k: Tensor, hidden: Tensor
+) -> Figure:
+    """All of it on one figure.
+
+    Args:
+        student: in evaluation mode.
+        log: lines of the run's ``log.jsonl``.
+        crop_q, crop_k: (1, 1, X, Y, Z) of two held-back patients at the same anatomy.
+        hidden: bool over mask units (1, ux, uy, uz).
+    """
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    axes = figure.subplots(2, 4)
+    _curves(axes[0, 0], log, ("l_r", "l_dv", "l_st"), "loss terms")
+    _curves(axes[1, 0], log, ("probe/retrieval", "probe/chance", "probe/linear"), "held-back patients")
+    masked, filled = reconstruction(student, crop_q, hidden)
+    middle = crop_q.shape[4] // 2
+    for axis, volume, title in (
+        (axes[0, 1], crop_q[0, 0], "held-back crop Q"),
+        (axes[0, 2], masked, f"what the encoder sees ({float(hidden.float().mean()):.0%} hidden)"),
+        (axes[0, 3], filled, "hidden patches filled in"),
+    ):
+        _slice(axis, volume[..., middle], title)
+    voxel = [n // 2 for n in crop_q.shape[2:]]
+    field = token_similarity(student, crop_q, crop_k, voxel)
+    _slice(axes[1, 1], crop_q[0, 0][..., middle], "a place in Q")
+    axes[1, 1].plot(voxel[0], voxel[1], "+", color="tab:red", markersize=16, markeredgewidth=2)
+    _slice(axes[1, 2], crop_k[0, 0][..., middle], "the same place in K, another patient")
+    axes[1, 2].plot(voxel[0], voxel[1], "+", color="tab:red", markersize=16, markeredgewidth=2)
+    _slice(axes[1, 3], crop_k[0, 0][..., middle], "how like that place K's tokens are")
+    shown = axes[1, 3].imshow(field[..., middle].T, origin="lower", cmap="magma", alpha=0.6, vmin=-1, vmax=1)
+    figure.colorbar(shown, ax=axes[1, 3], shrink=0.7, label="cosine")
+    return figure
+
+
+def _curves(axis: Any, log: list[dict[str, Any]], names: Sequence[str], title: str) -> None:
+    for name in names:
+        points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
+        if points:
+            axis.plot(
+                *zip(*points, strict=True),
+                label=name.removeprefix("probe/"),
+                marker="." if len(points) < 30 else None,
+            )
+    axis.set(title=title, xlabel="step", ylim=(0, None))
+    if axis.lines:
+        axis.legend(fontsize=8)
+
+
+def _slice(axis: Any, image: Tensor, title: str) -> None:
+    axis.imshow(image.T, origin="lower", cmap="gray", vmin=0, vmax=1)
+    axis.set_title(title, fontsize=9)
+    axis.set_axis_off()
