@@ -1,41 +1,37 @@
-"""What a pre-training run will take: disk, memory, samples a second, hours; each number measured or modelled."""
+"""What a pre-training run will take: disk from the scans' headers, the rest from a few real steps on this machine."""
 
 from __future__ import annotations
 
 import json
-import math
+import logging
 import os
-import resource
+import tempfile
 from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from ignite.engine import Events
 from monai.bundle import ConfigParser
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from custom.bundles.estimate_data import (
-    READ_SECONDS,
-    MadeUpPairs,
-    embedding_bytes,
-    folder_bytes,
-    held_by_bodies,
-    scans_of,
-    seconds_a_pair,
-)
-from custom.bundles.estimate_run import STEPS, dry_run, matmul_rate, parser_of
-from custom.bundles.estimate_step import META, StepModel, StepParts, model_step
-from custom.bundles.preflight import check_keys
+from custom.bundles.preflight import check_files
 from custom.data.errors import ScanError
+from custom.data.grid.profiles import window_of
+from custom.data.intake.manifest import Manifest
 from custom.data.remote import is_url
-from custom.data.store.needs import BYTES_A_VOXEL, MARGIN_MM, needs_of
+from custom.data.scans import Scan, list_scans
+from custom.data.store.needs import MARGIN_MM, needs_of
 from custom.data.store.volume_store import VolumeStore
+from custom.engine.cost import PeakLiveBytes
+from custom.engine.profile import StepProfile
 from custom.errors import AliceError
 
-MEASURED, MODELLED, UNKNOWN = "measured", "modelled", "unknown"
-_CHEAP_SECONDS = 20.0  # a dry run that is expected to take less is made without being asked for
-_EFFICIENCY = 0.4  # of a large matrix product's speed that a step reaches (a guess of ours, hence "modelled")
-_WORKER_BYTES = 250e6  # private memory of a loader worker before it reads anything (a guess of ours)
+STEPS = 3  # timed, after one of warm-up and one whose memory and FLOPs are counted
 
 
 @dataclass
@@ -45,114 +41,136 @@ class Figure:
     name: str
     value: float | None
     unit: str
-    how: str
     note: str = ""
 
 
 @dataclass
 class Estimate:
-    """All figures, in the order in which they are printed; ``bound`` is ``loader``, ``device`` or ``""`` if unknown."""
+    """All figures, in the order in which they are printed."""
 
     figures: list[Figure] = field(default_factory=list)
-    bound: str = ""
 
     def __getitem__(self, name: str) -> Figure:
         return next(figure for figure in self.figures if figure.name == name)
 
-    def add(self, name: str, value: float | None, unit: str, how: str, note: str = "") -> Figure:
+    def add(self, name: str, value: float | None, unit: str, note: str = "") -> None:
         """Append a figure."""
-        figure = Figure(name, value, unit, UNKNOWN if value is None else how, note)
-        self.figures.append(figure)
-        return figure
+        self.figures.append(Figure(name, value, unit, note))
 
     def table(self) -> str:
         """For the terminal."""
-        lines = [f"{'what':<28}{'value':>12} {'unit':<10}{'how':<10}note"]
+        lines = [f"{'what':<28}{'value':>12} {'unit':<10}note"]
         for one in self.figures:
             value = (
-                "?" if one.value is None else f"{one.value:,.3g}" if one.value < 1000 else f"{one.value:,.0f}"
+                "?"
+                if one.value is None
+                else f"{one.value:,.{0 if one.value >= 1000 else 3}{'f' if one.value >= 1000 else 'g'}}"
             )
-            lines.append(f"{one.name:<28}{value:>12} {one.unit:<10}{one.how:<10}{one.note}".rstrip())
-        said = {"loader": "The loader sets the pace.", "device": "The device sets the pace."}
-        lines.append(said.get(self.bound, "What sets the pace is not known."))
+            lines.append(f"{one.name:<28}{value:>12} {one.unit:<10}{one.note}".rstrip())
         return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """``{"figures": [{"name", "value", "unit", "note"}]}``."""
+        return json.dumps(asdict(self), indent=1)
+
+
+class MadeUpStore:
+    """Two patients of noise in the shape of a store's volumes: for steps where no store is built yet.
+
+    Args:
+        spacing: mm along x, y, z.
+        shape: voxels of each volume along x, y, z.
+        profile: of intensities.
+    """
+
+    def __init__(self, spacing: Sequence[float], shape: Sequence[int], profile: str = "ct") -> None:
+        self.spacing, self.profile, self.path = list(spacing), profile, Path("made-up")
+        self.names = ["a", "b", "c", "d"]
+        self._shape = tuple(int(n) for n in shape)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def patient(self, name: str) -> str:
+        return name
+
+    def has_label(self, name: str) -> bool:
+        return False
+
+    def verify(self, name: str) -> None:
+        return None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shape
+
+    def window(self, window_hu: Sequence[float]) -> tuple[float, float]:
+        return window_of(self.profile, window_hu)
+
+    def affine(self, name: str) -> np.ndarray:
+        return np.diag([*self.spacing, 1.0])
+
+    def body_box_mm(self, name: str) -> np.ndarray:
+        return np.array([[0.0, 0.0, 0.0], self._shape])
+
+    def body_voxels(self, name: str) -> np.ndarray:
+        return np.argwhere(np.ones([max(1, n // 8) for n in self._shape])) * 8
+
+    def read_crop(self, name: str, start: Sequence[int], size: Sequence[int], fill: Any = None) -> np.ndarray:
+        return np.random.default_rng(0).integers(-1000, 1000, size).astype(np.int16)
 
 
 def estimate(
     files: Sequence[str],
     overrides: dict[str, Any] | None = None,
-    measure: bool | None = None,
     processes: int = 1,
+    measure: bool = True,
 ) -> Estimate:
-    """Estimate a run of a pre-training config; nothing is written, built or trained.
+    """Estimate a run of a pre-training config. No store is built, and nothing is kept.
 
     Args:
         files: ``train.yaml`` and configs that change some of its keys, as for ``monai.bundle run``.
         overrides: further keys.
-        measure: time a few steps on this device: True does, False does not, None does if they are cheap.
-        processes: of the run (GPUs); one step of each is one step of the run.
+        processes: of the run (GPUs); each is taken to be as fast as this one device.
+        measure: take a few real steps on the config's device; without it only the disk is told.
 
     Returns:
         Figures; sizes in GB of 10^9 bytes.
 
     Raises:
         ConfigKeyError: for an override that names no key.
-        ValueError: for settings that no run would accept, or a number of processes below 1.
+        AliceError: for settings that no run would accept, or a number of processes below 1.
     """
     if processes < 1:
         raise AliceError(f"processes must be at least 1, got {processes}.")
-    complete = ConfigParser.load_config_file(files[0])
-    for file in files[1:]:
-        check_keys(complete, ConfigParser.load_config_file(file), file)
-    check_keys(complete, overrides or {}, "the command line")
-    settings = parser_of(files, overrides, processes)
-    get = settings.get_parsed_content
+    check_files(files, overrides or {})
+    parser = ConfigParser()
+    parser.read_config(list(files))
+    for key, value in (overrides or {}).items():
+        parser.set(value, key)
+    get = parser.get_parsed_content
     made = Estimate()
-    model = _model_of(files, overrides, processes)
     store = _place(get("store_dir"))
     there = is_url(str(store)) or (Path(store) / "index.json").is_file()
     opened = VolumeStore(store) if there else None
-    corpus = _disk(made, get, store, opened, model)
-    _host_memory(made, get, opened, corpus)
-    device = get("device")
-    _device_memory_model(made, get, model, device)
-    _pace(made, files, overrides, processes, get, store, opened, model, device, measure)
+    _disk(made, get, store, opened)
+    if measure:
+        _steps(made, files, overrides or {}, processes, opened)
     return made
 
 
-def to_json(made: Estimate) -> str:
-    """``{"figures": [{"name", "value", "unit", "how", "note"}], "bound"}``."""
-    return json.dumps(asdict(made), indent=1)
+def scans_of(source: str | Path) -> list[Scan]:
+    """The scans of a manifest (or its URL), folder or datalist, with what a manifest knows of their grids.
 
-
-# -- the config -----------------------------------------------------------------------------------------------
-
-
-def _model_of(files: Sequence[str], overrides: dict[str, Any] | None, processes: int) -> StepModel:
-    """The step on the meta device."""
-    wanted = parser_of(files, overrides, processes).get_parsed_content("amp")
-    parser = parser_of(files, overrides, processes, device="$torch.device('meta')", amp=bool(wanted))
-    optimizer = dict(parser["optimizer"])
-    optimizer.pop("fused", None)  # the fused kernel does not know the meta device, and keeps the same moments
-    parser.set(optimizer, "optimizer")
-    get = parser.get_parsed_content
-    return model_step(
-        StepParts(
-            student=get("student").train(),
-            teacher=get("teacher").eval(),
-            loss=get("loss").to(META),
-            make_optimizer=lambda: get("optimizer"),
-            view=get("make_view"),
-            masking=get("make_mask"),
-            crop_size=tuple(get("crop_size")),
-            pairs=get("batch_size"),
-            accumulate=get("accumulate"),
-            bf16=bool(wanted),
-        )
-    )
-
-
-# -- disk and memory ------------------------------------------------------------------------------------------
+    Nothing is decoded, or fetched but the manifest.
+    """
+    if is_url(str(source)):
+        return Manifest.load(str(source)).scans(fetch=False)
+    source = Path(source)
+    if source.is_file():
+        with open(source, encoding="utf-8", errors="replace") as file:
+            if '"alice-manifest' in file.read(4096):
+                return Manifest.load(source).scans(fetch=False)
+    return list_scans(source)
 
 
 def _place(setting: Any) -> str | Path:
@@ -160,158 +178,162 @@ def _place(setting: Any) -> str | Path:
     return str(setting) if is_url(str(setting)) else Path(str(setting)).expanduser()
 
 
-def _disk(made: Estimate, get: Any, store: str | Path, opened: VolumeStore | None, model: StepModel) -> int:
-    """Rows for the disk; how many scans there are."""
-    spacing = [float(n) for n in get("spacing")]
-    source = _place(get("dataset_dir"))
-    scans, volumes = 0, []
+def _disk(made: Estimate, get: Any, store: str | Path, opened: VolumeStore | None) -> None:
+    source, spacing, workers = (
+        _place(get("dataset_dir")),
+        [float(n) for n in get("spacing")],
+        max(1, get("workers")),
+    )
     if opened is not None:
-        scans, volumes = (
-            len(opened),
-            [math.prod(opened.shape(name)) * math.prod(spacing) for name in opened.names],
-        )
-        made.add("scans", scans, "", MEASURED, str(store))
-        if isinstance(store, Path):
-            made.add("disk: store", folder_bytes(store) / 1e9, "GB", MEASURED)
-        else:
-            size = sum(volumes) / math.prod(spacing) * BYTES_A_VOXEL / 1e9
-            made.add("disk: store", size, "GB", MODELLED, f"its copy in {opened.path}")
-    elif is_url(str(source)) or Path(source).exists():
-        try:
-            listed = scans_of(source)
-        except ScanError as error:
-            made.add("scans", None, "", UNKNOWN, str(error))
-            made.add("disk: store", None, "GB", UNKNOWN)
-        else:
-            scans = len(listed)
-            wanted = needs_of(
-                listed, Path(store), {"spacing": spacing, "crop_margin_mm": MARGIN_MM}, max(1, get("workers"))
-            )
-            made.add("scans", scans, "", MEASURED, f"{source}, before any is refused")
-            made.add(
-                "disk: store",
-                wanted.bytes / 1e9,
-                "GB",
-                MODELLED,
-                f"from headers; {wanted.free / 1e9:.3g} GB are free",
-            )
-            made.add("hours to build it", wanted.seconds / 3600, "h", MODELLED, f"{get('workers')} workers")
-            volumes = [wanted.bytes / BYTES_A_VOXEL * math.prod(spacing) / max(1, scans)] * scans
-    else:
-        made.add("scans", None, "", UNKNOWN, f"dataset_dir {source} is not there")
-        made.add("disk: store", None, "GB", UNKNOWN, "give --dataset_dir, or --store_dir of a built store")
-    embeddings = get("embeddings_dir")
-    if embeddings is None:
-        made.add("disk: embeddings", 0.0, "GB", MEASURED, "the aligner needs none")
-    elif Path(str(embeddings)).is_dir():
-        made.add("disk: embeddings", folder_bytes(Path(str(embeddings))) / 1e9, "GB", MEASURED)
-    else:
-        embedded = sum(map(embedding_bytes, volumes)) / 1e9 if volumes else None
+        made.add("scans", len(opened), "", str(store))
+        size = sum(p.stat().st_size for p in Path(opened.path).rglob("*") if p.is_file())
         made.add(
-            "disk: embeddings",
-            embedded,
+            "disk: store",
+            size / 1e9,
             "GB",
-            MODELLED,
-            "of the authors' network, half of each scan being body; ours takes two fifths",
+            "as it lies there" if isinstance(store, Path) else f"fetched so far into {opened.path}",
         )
-    kept = get("keep_checkpoints") + 1  # one more while the next is written
+        return
+    if not is_url(str(source)) and not Path(source).exists():
+        made.add("scans", None, "", f"dataset_dir {source} is not there")
+        made.add("disk: store", None, "GB", "give --dataset_dir, or --store_dir of a built store")
+        return
+    try:
+        listed = scans_of(source)
+    except ScanError as error:
+        made.add("scans", None, "", str(error))
+        made.add("disk: store", None, "GB")
+        return
+    needs = needs_of(listed, Path(store), {"spacing": spacing, "crop_margin_mm": MARGIN_MM}, workers)
+    made.add("scans", len(listed), "", f"{source}, before any is refused")
     made.add(
-        "disk: checkpoints",
-        kept * model.checkpoint / 1e9,
-        "GB",
-        MODELLED,
-        f"{kept} of {model.checkpoint / 1e9:.3g} GB",
+        "disk: store", needs.bytes / 1e9, "GB", f"at most, from headers; {needs.free / 1e9:.3g} GB are free"
     )
-    return scans
+    made.add("hours to build it", needs.seconds / 3600, "h", f"{workers} workers")
 
 
-def _host_memory(made: Estimate, get: Any, opened: VolumeStore | None, scans: int) -> None:
-    voxels, batch, workers = math.prod(get("crop_size")), get("batch_size"), get("workers")
-    batch_bytes = 2 * batch * voxels * 4
-    body = 0.0
-    if opened is not None:
-        usual = sorted(math.prod(opened.shape(name)) for name in opened.names)[len(opened) // 2]
-        body = held_by_bodies(len(opened), usual)
-    reader = 3 * batch_bytes + body  # two batches ready, one in the making
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
-    made.add("RAM: training process", (own + batch_bytes + (0 if workers else body)) / 1e9, "GB", MODELLED)
-    made.add("RAM: workers", workers * (_WORKER_BYTES + reader) / 1e9, "GB", MODELLED, f"{workers} processes")
-    store = made["disk: store"]
-    made.add("RAM: page cache", store.value, "GB", store.how, "to read each chunk from disk only once")
-
-
-def _device_memory_model(made: Estimate, get: Any, model: StepModel, device: torch.device) -> None:
-    kind = "bf16" if get("amp") else "fp32"
-    made.add("device: weights and EMA", (model.weights + model.teacher) / 1e9, "GB", MODELLED)
-    made.add("device: optimizer moments", model.moments / 1e9, "GB", MODELLED)
-    made.add("device: gradients", model.gradients / 1e9, "GB", MODELLED)
-    rest = (model.transient - model.gradients) / 1e9
-    made.add("device: activations", rest, "GB", MODELLED, f"views and crops with them, {kind}")
-    note = (
-        "of live tensors; allocator and CUDA take about 0.6 GB and 10 % more" if device.type == "cuda" else ""
-    )
-    made.add("device: peak", model.total / 1e9, "GB", MODELLED, note)
-
-
-# -- pace -----------------------------------------------------------------------------------------------------
-
-
-def _pace(
+def _steps(
     made: Estimate,
     files: Sequence[str],
-    overrides: dict[str, Any] | None,
+    overrides: dict[str, Any],
     processes: int,
-    get: Any,
-    store: str | Path,
     opened: VolumeStore | None,
-    model: StepModel,
-    device: torch.device,
-    measure: bool | None,
 ) -> None:
-    batch, iterations = get("batch_size"), get("iterations")
-    made.add("TFLOP a step", model.flops / 1e12, "", MODELLED)
-    rate = matmul_rate(device, get("amp"))
-    seconds, how, note = (
-        model.flops / (rate * _EFFICIENCY),
-        MODELLED,
-        f"{rate / 1e12:.3g} TFLOP/s x {_EFFICIENCY:g}",
+    """Rows that a few steps of the real trainer tell: on the built store, else on made-up volumes."""
+    config = ConfigParser()
+    config.read_config(list(files))
+    for key, value in overrides.items():
+        config.set(value, key)
+    if "get_node_local_rank" in str(config.get("device")):
+        config.set("$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')", "device")
+    whole = ConfigParser(dict(config.get()))  # settings as they will be, before the trial changes any
+    iterations, workers, batch = (
+        whole.get_parsed_content(k) for k in ("iterations", "workers", "batch_size")
     )
-    cheap = device.type == "cuda" or seconds * (STEPS + 3) < _CHEAP_SECONDS
-    if measure or (measure is None and cheap):
-        seconds, peak = dry_run(files, overrides, processes)
-        how, note = MEASURED, f"{STEPS} steps on {device}"
-        made.add(
-            "device: peak in a step",
-            peak / 1e9,
-            "GB",
-            MEASURED,
-            "CUDA's allocator" if device.type == "cuda" else "live tensors",
-        )
-    made.add("seconds a step, device", seconds, "s", how, note)
-    workers = max(1, get("workers"))
-    collate = get("masked_batch")
-    if opened is not None:
-        reader = parser_of(
-            files,
-            overrides,
-            processes,
-            store={"_target_": "custom.data.store.volume_store.VolumeStore", "path": str(store)},
-        )
-        each = seconds_a_pair(reader.get_parsed_content("train::dataset"), collate, batch)
-        how_each, note = MEASURED, "pairs of this store, one process"
-    else:
-        made_up = seconds_a_pair(MadeUpPairs(get("crop_size")), collate, batch, at_least=0.5)
-        each = 2 * math.prod(get("crop_size")) * READ_SECONDS + made_up
-        how_each, note = MODELLED, "no store yet: crops by the voxel, masks and plans measured"
-    made.add("CPU ms a pair, loader", 1e3 * each, "ms", how_each, note)
+    with tempfile.TemporaryDirectory() as folder:
+        trial = {"preflight": None, "output_dir": folder, "iterations": STEPS + 2, "warmup": 0, "workers": 0}
+        trial |= {"checkpoint_every": 0, "resume": False, "probe": None, "summary": {}, "train::handlers": []}
+        if opened is not None:
+            trial["store"] = {
+                "_target_": "custom.data.store.volume_store.VolumeStore",
+                "path": str(opened.path),
+            }
+        else:
+            shape = [2 * n for n in whole.get_parsed_content("crop_size")]
+            trial["store"] = {"_target_": f"{__name__}.MadeUpStore", "spacing": "@spacing", "shape": shape}
+            trial |= {"aligner": "random", "embeddings_dir": None} if "aligner" in config.get() else {}
+        for key, value in trial.items():
+            config.set(value, key)
+        trainer = config.get_parsed_content("train::trainer")
+        trainer.saved_at = STEPS + 2  # nothing is kept
+        counted = _Counted()
+        counted.attach(trainer)
+        timed = StepProfile(skip=2)
+        timed.attach(trainer)
+        with _quiet():
+            trainer.run()
+    shares = timed.shares()
+    loader = shares["loader"][0] / 1e3
+    device = sum(ms for name, (ms, _) in shares.items() if name != "loader") / 1e3
+    cuda = trainer.device.type == "cuda"
+    kept = 3  # two checkpoints stay, one more is being written
+    modules = [m for m in (trainer.online, trainer.teacher, trainer.loss) if m is not None]
+    size = sum(_bytes(m) for m in modules) + 2 * sum(
+        4 * p.numel() for g in trainer.optimizer.param_groups for p in g["params"]
+    )
+    made.add("disk: checkpoints", kept * size / 1e9, "GB", f"{kept} of {size / 1e9:.3g} GB")
+    note = "CUDA's allocator" if cuda else "live tensors"
+    made.add("device: peak in a step", counted.peak / 1e9, "GB", f"{note}, on {trainer.device}")
+    made.add(
+        "TFLOP a step",
+        counted.flops / 1e12,
+        "",
+        "matrix products, convolutions and attention, backward included",
+    )
+    made.add("seconds a step, device", device, "s", f"{STEPS} steps on {trainer.device}")
+    source = "this store" if opened is not None else "made-up volumes: reading them is not in it"
+    made.add("CPU ms a sample, loader", 1e3 * loader / batch, "ms", f"one process, {source}")
     cores = os.cpu_count() or 1
     at_once = max(1.0, min(workers, cores / processes))
-    loading = batch * each / at_once
-    made.add("seconds a step, loader", loading, "s", MODELLED, f"{workers} workers on {cores} cores")
-    alone = get("workers") == 0 or (device.type == "cpu" and cores <= 1)
-    step = loading + seconds if alone else max(loading, seconds)
-    made.add("pairs a second", processes * batch / step, "", how, "all processes")
+    loading = loader / at_once
+    step = loading + device if workers == 0 or (not cuda and cores <= 1) else max(loading, device)
     made.add(
-        "hours", iterations * step / 3600, "h", how, f"{iterations} iterations; probes and building apart"
+        "samples a second",
+        processes * batch / step,
+        "",
+        "the loader sets the pace" if loading > device else "the device sets the pace",
     )
-    made.bound = "loader" if loading > seconds else "device"
+    made.add("hours", iterations * step / 3600, "h", f"{iterations} iterations; probes and building apart")
+
+
+class _Counted:
+    """Counts memory and FLOPs of the second step."""
+
+    def __init__(self) -> None:
+        self.peak, self.flops = 0, 0
+        self._flops: Any = nullcontext()
+        self._bytes: Any = nullcontext()
+
+    def attach(self, engine: Any) -> None:
+        engine.add_event_handler(Events.ITERATION_STARTED(once=2), self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), self._stop)
+
+    def _start(self, engine: Any) -> None:
+        engine.optimizer.zero_grad(set_to_none=True)
+        if engine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(engine.device)
+        else:
+            self._bytes = PeakLiveBytes()
+        self._flops = FlopCounterMode(display=False)
+        self._bytes.__enter__()
+        self._flops.__enter__()
+
+    def _stop(self, engine: Any) -> None:
+        self._flops.__exit__(None, None, None)
+        self._bytes.__exit__(None, None, None)
+        self.flops = self._flops.get_total_flops()
+        if engine.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(engine.device)
+            return
+        held = [m for m in (engine.online, engine.teacher, engine.loss) if m is not None]
+        moments = [
+            v for state in engine.optimizer.state.values() for v in state.values() if torch.is_tensor(v)
+        ]
+        self.peak = (
+            self._bytes.peak + sum(map(_bytes, held)) + sum(t.numel() * t.element_size() for t in moments)
+        )
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in module.state_dict().values())
+
+
+@contextmanager
+def _quiet() -> Any:
+    """The trainer's own log lines are of no use here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

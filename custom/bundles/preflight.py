@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pydoc import locate
@@ -31,6 +33,8 @@ RUN_OPTIONS = {
 }
 TRACKING_OPTIONS = {"tracking_uri", "experiment_name", "run_name", "save_execute_config", "output_dir"}
 _WRITTEN_BY_MONAI = {"_meta_"}
+_ENTRIES = {"imports", "initialize", "run", "finalize", "bundle_root", "dataset_dir", "device", "network_def"}
+_REFERENCE = re.compile(r"[@%](\w+)")
 
 
 class ConfigKeyError(AliceError):
@@ -48,21 +52,47 @@ def preflight(arguments: Sequence[str]) -> None:
     Raises:
         ConfigKeyError: naming the key, where it stands, and the key that was probably meant.
     """
-    speak_plainly()
     options = command_line(arguments)
+    if options.pop("traceback", "false").lower() != "true":
+        speak_plainly()
     if "config_file" not in options:
         return
-    files = _as_list(options["config_file"])
+    allowed = RUN_OPTIONS | (TRACKING_OPTIONS if "tracking" in options else set())
+    given = {k: v for k, v in options.items() if k not in allowed}
+    complete = check_files(_as_list(options["config_file"]), given)
+    if "args_file" in options:
+        in_file = ConfigParser.load_config_file(options["args_file"])
+        check_keys(complete, {k: v for k, v in in_file.items() if k not in allowed}, options["args_file"])
+
+
+def check_files(files: Sequence[str], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Check that every key of an override file, and every override, is one of the config it changes.
+
+    Args:
+        files: the complete config, then files that change some of its keys.
+        overrides: keys and values of the command line, or of a caller.
+
+    Returns:
+        The config with all files applied.
+
+    Raises:
+        ConfigKeyError: naming the key, where it stands, and the key that was probably meant; or a setting that nothing
+            uses, since a file replaced the object that did.
+    """
     complete = ConfigParser.load_config_file(files[0])
     for file in files[1:]:
-        overrides = ConfigParser.load_config_file(file)
-        check_keys(complete, overrides, file)
-        _override(complete, overrides)  # what one file replaces, the next one refers to
-    allowed = RUN_OPTIONS | (TRACKING_OPTIONS if "tracking" in options else set())
-    check_keys(complete, {k: v for k, v in options.items() if k not in allowed}, "the command line")
-    if "args_file" in options:
-        given = ConfigParser.load_config_file(options["args_file"])
-        check_keys(complete, {k: v for k, v in given.items() if k not in allowed}, options["args_file"])
+        changes = ConfigParser.load_config_file(file)
+        check_keys(complete, changes, file)
+        _override(complete, changes)  # what one file replaces, the next one refers to
+    check_keys(complete, overrides, "the command line")
+    used = _used_keys(complete)
+    for key in overrides:
+        name = _parts(key)[0]
+        if used and name not in used | _ENTRIES:
+            raise ConfigKeyError(
+                f"the command line: {key!r} acts on nothing in this run; {files[-1]} replaced what used it."
+            )
+    return complete
 
 
 def command_line(arguments: Sequence[str]) -> dict[str, str]:
@@ -87,7 +117,7 @@ def check_keys(complete: dict[str, Any], overrides: dict[str, Any], origin: str)
     for key in overrides:
         if key in _WRITTEN_BY_MONAI:
             continue
-        parts = [p for p in key.lstrip("+").replace("#", "::").split("::") if p]
+        parts = _parts(key)
         node: Any = complete
         for depth, part in enumerate(parts):
             if isinstance(node, list) and part.lstrip("-").isdigit() and -len(node) <= int(part) < len(node):
@@ -98,13 +128,14 @@ def check_keys(complete: dict[str, Any], overrides: dict[str, Any], origin: str)
                 _check_argument(key, part, node["_target_"], origin)
                 break
             else:
-                raise ConfigKeyError(_unknown(key, part, node, origin))
+                elsewhere = _places_of(complete, parts[-1]) if depth == 0 else []
+                raise ConfigKeyError(_unknown(key, part, node, origin, elsewhere))
 
 
 def _override(complete: dict[str, Any], overrides: dict[str, Any]) -> None:
     """Set every key as MONAI will."""
     for key, value in overrides.items():
-        *folders, last = [p for p in key.lstrip("+").replace("#", "::").split("::") if p]
+        *folders, last = _parts(key)
         node: Any = complete
         for part in folders:
             node = node[int(part)] if isinstance(node, list) else node[part]
@@ -127,7 +158,7 @@ def _check_argument(key: str, argument: str, target: str, origin: str) -> None:
         raise ConfigKeyError(_unknown(key, argument, dict.fromkeys(taken), origin))
 
 
-def _unknown(key: str, part: str, node: Any, origin: str) -> str:
+def _unknown(key: str, part: str, node: Any, origin: str, elsewhere: Sequence[str] = ()) -> str:
     known = (
         list(node)
         if isinstance(node, dict)
@@ -135,9 +166,45 @@ def _unknown(key: str, part: str, node: Any, origin: str) -> str:
         if isinstance(node, list)
         else []
     )
-    meant = difflib.get_close_matches(part, known, n=1)
+    meant = elsewhere[:1] or difflib.get_close_matches(part, known, n=1)
     hint = f"Did you mean {meant[0]!r}?" if meant else f"Known here: {', '.join(sorted(known)) or 'nothing'}."
     return f"{origin}: {key!r} is no setting of this config. {hint}"
+
+
+def _parts(key: str) -> list[str]:
+    return [p for p in key.lstrip("+").replace("#", "::").split("::") if p]
+
+
+def _places_of(node: Any, name: str, path: str = "") -> list[str]:
+    """Where in a config a setting of this name stands, or is an argument that an object takes."""
+    if isinstance(node, list):
+        return []
+    found = []
+    if isinstance(node, dict):
+        takes = name in node or ("_target_" in node and name in _arguments(str(node["_target_"])))
+        found = [f"{path}{name}"] if path and takes else []
+        for key, value in node.items():
+            found += _places_of(value, name, f"{path}{key}::")
+    return found
+
+
+def _arguments(target: str) -> list[str]:
+    try:
+        return list(inspect.signature(locate(target)).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return []
+
+
+def _used_keys(complete: dict[str, Any]) -> set[str]:
+    """Keys that a run reaches from what it executes; empty for a config that executes nothing."""
+    waiting = [k for k in ("imports", "initialize", "run", "finalize") if k in complete]
+    used: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in used and name in complete:
+            used.add(name)
+            waiting += _REFERENCE.findall(json.dumps(complete[name], default=str))
+    return used if "run" in used else set()
 
 
 def _as_list(value: str) -> list[str]:

@@ -6,14 +6,9 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from custom.errors import AliceError
-
-if TYPE_CHECKING:
-    pass
 
 
 def probe(
@@ -27,6 +22,8 @@ def probe(
         names: scans to measure on; the run's held-back ones by default.
         device: cpu or cuda.
     """
+    import torch
+
     from custom.data.store.volume_store import VolumeStore
     from custom.encoders.tokens import token_encoder
     from custom.evaluation.probe import encoder_probe
@@ -65,34 +62,32 @@ def picture(run: str, to: str = "picture.png") -> None:
         run: the run's output_dir.
         to: the PNG to write.
     """
+    import torch
+
     from custom.data.store.volume_store import VolumeStore
     from custom.engine.run_log import read_log
-    from custom.landmarks.aligners.make import make_aligner
-    from custom.methods.alice.branch import StudentBranch
-    from custom.methods.alice.picture import run_picture
-    from custom.methods.pairs import PairDataset
+    from custom.landmarks.aligners.simple import CoordinateAligner
+    from custom.methods.pairs import AlignedPair
+    from custom.methods.picture import run_picture
     from custom.methods.run_folder import load_run
     from custom.methods.views import Masking
 
     loaded = load_run(run)
     summary, store = loaded.summary, VolumeStore(loaded.summary["store_dir"])
-    if not isinstance(loaded.student, StudentBranch):
-        raise AliceError(f"{run}: the official preset has no token decoder to draw from; use alice probe.")
-    names = summary["held_back"] if len({store.patient(n) for n in summary["held_back"]}) > 1 else store.names
-    pairs = PairDataset(
+    held = summary["held_back"]
+    pairs = AlignedPair(
         store,
-        make_aligner("coordinate", store),
+        CoordinateAligner(store),
         summary["crop_size"],
-        summary["window_hu"],
-        names=names,
+        window_hu=summary["window_hu"],
+        names=held if len({store.patient(n) for n in held}) > 1 else store.names,
         max_offset=0.0,
     )
     pair = pairs[0]
     units = loaded.student.encoder.units(tuple(summary["crop_size"]))
-    hidden = Masking(summary["hidden_ratio"])(torch.tensor([0]), units)
-    figure = run_picture(
-        loaded.student, read_log(loaded.folder), pair["crop_q"][None], pair["crop_k"][None], hidden
-    )
+    hidden = Masking(**summary["masking"])(torch.tensor([0]), units)
+    crops = pair["crop_q"][None], pair["crop_k"][None]
+    figure = run_picture(loaded.student, read_log(loaded.folder), summary["terms"], *crops, hidden)
     figure.suptitle(
         f"{summary['network_type']} after {loaded.iteration} of {summary['iterations']} iterations, {summary['scans']} scans"
     )
@@ -109,13 +104,13 @@ def profile(config: str | Sequence[str], steps: int = 8, **overrides: Any) -> No
         steps: steps to time, after two of warm-up.
         overrides: of the config, as in ``monai.bundle run`` (--dataset_dir DIR --batch_size 4).
     """
-    from monai.bundle import ConfigParser, ConfigWorkflow
+    from monai.bundle import ConfigWorkflow
 
-    from custom.bundles.preflight import check_keys
+    from custom.bundles.preflight import check_files
     from custom.engine.profile import StepProfile
 
     files = [config] if isinstance(config, str) else list(config)
-    check_keys(ConfigParser.load_config_file(files[0]), overrides, "the command line")
+    check_files(files, overrides)
     with tempfile.TemporaryDirectory() as folder:
         asked = ConfigWorkflow(files, workflow_type="train", logging_file=False, **overrides)
         store = overrides.get("store_dir") or asked.parser.get_parsed_content("store_dir")
@@ -140,28 +135,27 @@ def profile(config: str | Sequence[str], steps: int = 8, **overrides: Any) -> No
 
 def estimate(
     config: str | Sequence[str],
-    measure: bool | None = None,
+    measure: bool = True,
     processes: int = 1,
     json: str | bool = False,
     **overrides: Any,
 ) -> None:
-    """Say what a pre-training run will take: disk, memory, samples a second, hours; nothing is built or trained.
+    """Say what a pre-training run will take: disk, and by a few real steps on this device memory, speed and hours.
 
     Args:
         config: a bundle's train.yaml, or "['train.yaml','swin.yaml']".
-        measure: time a few steps on this device; without it they are timed where that is cheap.
+        measure: take those steps; without them only the disk is told.
         processes: GPUs of the run.
         json: write it as JSON: to a file of this name, or to the terminal.
         overrides: of the config, as in ``monai.bundle run`` (--dataset_dir DIR --batch_size 4).
     """
     from custom.bundles.estimate import estimate as estimate_run
-    from custom.bundles.estimate import to_json
 
     files = [config] if isinstance(config, str) else list(config)
-    made = estimate_run(files, overrides, measure, processes)
+    made = estimate_run(files, overrides, processes, measure)
     if json is True:
-        print(to_json(made))
+        print(made.to_json())
         return
     print(made.table())
     if json:
-        Path(json).write_text(to_json(made) + "\n", encoding="utf-8")
+        Path(json).write_text(made.to_json() + "\n", encoding="utf-8")

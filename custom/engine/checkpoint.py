@@ -16,7 +16,7 @@ from custom.errors import AliceError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "alice-run-1"
+FORMAT = "alice-run-2"
 _NAME = re.compile(r"^iteration_(\d+)\.pt$")
 
 
@@ -99,11 +99,28 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: damaged ({str(error).splitlines()[0]}). Delete it to go on from the one before."
         ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: no checkpoint of a pre-training run (format {FORMAT!r} is missing).")
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        kind = (
+            f"its format is {found!r}, this version reads {FORMAT!r}"
+            if found
+            else f"format {FORMAT!r} is missing"
+        )
+        raise CheckpointError(
+            f"{path}: no checkpoint that this version can go on with ({kind}). Choose another output_dir."
+        )
     return content
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run, None if it has none."""
+    """The newest checkpoint of a run, None if it has none.
+
+    Raises:
+        CheckpointError: if the folder holds other checkpoints than ours, which would be passed over.
+    """
+    strange = [p for p in sorted(folder.glob("*.pt")) if not _NAME.match(p.name)]
+    if strange:
+        raise CheckpointError(
+            f"{strange[0]}: no checkpoint of ours. Choose another output_dir, or move it away."
+        )
     return next(iter(reversed(list(checkpoints_of(folder)))), None)

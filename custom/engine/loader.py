@@ -9,19 +9,21 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from custom import processes
 from custom.errors import AliceError
 
 
 class RankedBatches(Sampler[list[int]]):
-    """Batches of consecutive pair numbers, of which every process takes its own stretch.
+    """Batches of consecutive sample numbers, of which every process takes its own stretch.
 
-    Global batch ``g`` is pairs ``g * B * W`` to ``(g + 1) * B * W``; process ``r`` of ``W`` takes the ``r``-th ``B``
+    Global batch ``g`` is samples ``g * B * W`` to ``(g + 1) * B * W``; process ``r`` of ``W`` takes the ``r``-th ``B``
     of them. To resume, start at the batch after the last one trained on.
 
     Args:
-        batch_size: pairs a batch and process, B.
+        batch_size: samples a batch and process, B.
         batches: how many batches in all, counted from 0.
         start: first batch to give.
         rank, world_size: this process, of how many.
@@ -44,27 +46,29 @@ class RankedBatches(Sampler[list[int]]):
         return max(self.batches - self.start, 0)
 
 
-def pair_loader(
+def sample_loader(
     dataset: Dataset,
     batch_size: int,
     batches: int,
     workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    pin_memory: bool = False,
+    rank: int | None = None,
+    world_size: int | None = None,
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> DataLoader:
     """A loader whose ``batch_sampler.start`` may be set before it is first iterated, to resume.
 
-    ``collate`` is best a ``MaskedBatch``, which draws masks and plans in the workers.
+    ``rank`` and ``world_size`` are those of the run, unless given. ``collate`` is best a ``MaskedBatch``, which draws masks
+    and plans in the workers.
     """
+    here = processes.rank() if rank is None else rank
+    of = processes.world_size() if world_size is None else world_size
     return DataLoader(
         dataset,
-        batch_sampler=RankedBatches(batch_size, batches, 0, rank, world_size),
+        batch_sampler=RankedBatches(batch_size, batches, 0, here, of),
         num_workers=workers,
         persistent_workers=False,
         prefetch_factor=2 if workers else None,
-        pin_memory=pin_memory,
+        pin_memory=torch.cuda.is_available(),
         collate_fn=collate,
         worker_init_fn=_leave_signals_to_the_trainer,
     )

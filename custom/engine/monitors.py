@@ -1,4 +1,4 @@
-"""Meters that tell learning from collapse, since the loss does not (spec 1.9)."""
+"""Meters that tell learning from collapse. The loss does not tell."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from custom.processes import rank, wait_for_all
 
 logger = logging.getLogger(__name__)
 
-ALARM_STD = 0.1  # of 1 / sqrt(d), the spread of vectors that are spread evenly (spec 1.8)
+ALARM_STD = 0.1  # of 1 / sqrt(d), the spread of vectors that are spread evenly (ours)
 
 
 def embedding_std(vectors: Tensor) -> Tensor:
@@ -57,10 +57,11 @@ def gradient_norms(terms: dict[str, Tensor], network: nn.Module) -> dict[str, fl
 
 
 class Monitors:
-    """Every ``every`` steps: spread, rank and similarity of pooled vectors, EMA drift, gradient per term.
+    """Every ``every`` steps: spread, rank and similarity of pooled vectors, EMA drift, gradient per term, how samples were drawn.
 
-    Vectors of the last ``window`` crops are kept, as the steps themselves made them, since one batch is too few for
-    a rank. The values land in ``engine.state.metrics`` under ``monitor/...``; a collapse is logged as a warning.
+    A method without pooled vectors or without a teacher leaves out what it lacks. Vectors of the last ``window`` crops
+    are kept, since one batch is too few for a rank. The values land in ``engine.state.metrics`` under ``monitor/...``;
+    a collapse is logged as a warning.
     """
 
     def __init__(self, every: int = 100, window: int = 128) -> None:
@@ -71,8 +72,19 @@ class Monitors:
 
     def attach(self, engine: Any) -> None:
         """Hook into a trainer."""
+        engine.kept["monitors"] = self
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self.measure)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on needs, so that its log is the uninterrupted run's."""
+        return {"student": list(self.student), "teacher": list(self.teacher), "owners": list(self.owners)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the vectors of before."""
+        self.student.extend(state["student"])
+        self.teacher.extend(state["teacher"])
+        self.owners.extend(state["owners"])
 
     def collect(self, engine: Any) -> None:
         """Keep this step's vectors, where they are."""
@@ -83,35 +95,46 @@ class Monitors:
 
     def measure(self, engine: Any) -> None:
         """Judge what was collected, and each term's gradient on the first part of the batch."""
-        student, loss = engine.online, engine.loss
-        loss.eval()  # running centres must not move
-        _, terms = engine.losses_of(engine.part(engine.state.batch, 0), engine.state.iteration - 1, student)
-        gradients = gradient_norms(terms, student.encoder)
-        loss.train()
-        teacher, own = torch.stack(list(self.teacher)), torch.stack(list(self.student))
-        seen = max(engine.pairs["seen"], 1)
-        values = {
-            "std_teacher": float(embedding_std(teacher)),
-            "std_student": float(embedding_std(own)),
-            "rank_teacher": float(effective_rank(teacher)),
-            "cosine_between_patients": float(mean_cosine(teacher, list(self.owners))),
-            "ema_drift": float(engine.ema.drift()),
-            "fallback_pairs": engine.pairs["fallback"] / seen,
-            "redraws_per_pair": engine.pairs["redraws"] / seen,
-            "accepted_matches": seen / (seen + engine.pairs["rejected"]),
-        } | gradients
-        ranked = sorted(engine.scores)
-        values |= {f"score_p{p}": ranked[min(p * len(ranked) // 100, len(ranked) - 1)] for p in (10, 50, 90)}
+        values: dict[str, float] = {}
+        if self.teacher:
+            values |= self._spread()
+        if engine.ema is not None:
+            values["ema_drift"] = float(engine.ema.drift())
+        if engine.counts:
+            values |= engine.draws.rates(engine.counts)
+        values |= self._gradients(engine)
+        if engine.scores:
+            ranked = sorted(engine.scores)
+            places = {p: min(p * len(ranked) // 100, len(ranked) - 1) for p in (10, 50, 90)}
+            values |= {f"score_p{p}": ranked[place] for p, place in places.items()}
+            engine.report_distribution("monitor/scores", ranked)
         engine.report({f"monitor/{name}": value for name, value in values.items()})
-        engine.report_distribution("monitor/scores", ranked)
-        if values["std_teacher"] < ALARM_STD and values["rank_teacher"] < 2:
+        if self.teacher and values["std_teacher"] < ALARM_STD and values["rank_teacher"] < 2:
             logger.warning(
                 "Step %d: the teacher's vectors collapse (spread %.3f of a healthy 1, effective rank %.1f). "
-                "Use the predictor, raise weight_r, or lower learning_rate.",
+                "Use a predictor, raise the weight of reconstruction, or lower learning_rate.",
                 engine.state.iteration,
                 values["std_teacher"],
                 values["rank_teacher"],
             )
+
+    def _spread(self) -> dict[str, float]:
+        teacher, own = torch.stack(list(self.teacher)), torch.stack(list(self.student))
+        return {
+            "std_teacher": float(embedding_std(teacher)),
+            "std_student": float(embedding_std(own)),
+            "rank_teacher": float(effective_rank(teacher)),
+            "cosine_between_patients": float(mean_cosine(teacher, list(self.owners))),
+        }
+
+    def _gradients(self, engine: Any) -> dict[str, float]:
+        engine.loss.eval()  # running centres must not move
+        batch = engine.part(engine.state.batch, 0)
+        _, terms = engine.forward(batch, engine.state.iteration - 1, engine.online)
+        found = {name: terms[name] for name in engine.method.terms}
+        norms = gradient_norms(found, engine.online.get_submodule("encoder"))
+        engine.loss.train()
+        return norms
 
 
 class ProbeHandler:

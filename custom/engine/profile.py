@@ -12,7 +12,7 @@ import torch
 from ignite.engine import Events
 from torch import nn
 
-from custom.engine.trainer import AliceTrainer
+from custom.engine.trainer import PretrainTrainer
 
 SECTIONS = (
     "loader", "transfer", "views", "target", "online", "decoder", "heads", "losses", "backward", "optimizer", "ema", "rest",
@@ -35,16 +35,13 @@ class StepProfile:
         self._device = torch.device("cpu")
         self._mark = 0.0
 
-    def attach(self, engine: AliceTrainer) -> None:
+    def attach(self, engine: PretrainTrainer) -> None:
         """Hook into a trainer."""
         self._device = engine.device
         engine.section = self.section
-        student = engine.online
-        self._time_module(student.encoder, "online")
-        self._time_module(student.decoder, "decoder")
-        for module in (student.head, student.casa, student.predict_pooled, student.predict_tokens):
-            if isinstance(module, nn.Module):
-                self._time_module(module, "heads")
+        for name, modules in engine.method.timed().items():
+            for module in modules:
+                self._time_module(module, name)
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._tick)
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._loaded)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._finish)

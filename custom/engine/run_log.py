@@ -58,27 +58,26 @@ class RunLog:
 
     def _line(self, engine: Any) -> None:
         step, now = engine.state.iteration, time.monotonic()
-        values = dict(engine.state.output)
-        if hasattr(engine, "flush"):  # on a GPU this waits for the step, once in `every`
-            values |= (fetched := engine.flush()) | {"loss": fetched["total"]}
+        fetched = engine.flush()  # on a GPU this waits for the step, once in `every`
+        values = {"loss": fetched["total"], **fetched}
         values["learning_rate"] = engine.optimizer.param_groups[0]["lr"]
-        pairs = engine.data_loader.batch_sampler.batch_size * world_size() * (step - self._seen)
-        speed = pairs / max(now - self._clock, 1e-9)
+        samples = engine.sampler.batch_size * world_size() * (step - self._seen)
+        speed = samples / max(now - self._clock, 1e-9)
+        speeds = {"samples_per_second": speed, "crops_per_second": speed * engine.crops}
         self._clock, self._seen = now, step
-        self._write(step, values | _take_news(engine), speed, _take_news(engine, "distributions"))
+        self._write(step, values | _take_news(engine), speeds, _take_news(engine, "distributions"))
 
     def _write(
         self,
         step: int,
         values: dict[str, float],
-        speed: float | None = None,
+        speeds: Mapping[str, float] | None = None,
         distributions: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         line: dict[str, Any] = {"step": step} | {
             k: v if math.isfinite(v) else None for k, v in values.items()
         }
-        if speed is not None:
-            line["pairs_per_second"] = round(speed, 3)
+        line |= {name: round(speed, 3) for name, speed in (speeds or {}).items()}
         assert self._writer is not None
         for name, value in line.items():
             if name != "step" and value is not None:
@@ -96,10 +95,9 @@ class RunLog:
 
 
 def _take_news(engine: Any, kind: str = "news") -> dict[str, Any]:
-    """What meters reported since the last look, by a trainer that collects it."""
-    news = dict(getattr(engine, kind, {}))
-    if news:
-        setattr(engine, kind, {})
+    """What meters reported since the last look."""
+    news = dict(getattr(engine, kind))
+    setattr(engine, kind, {})
     return news
 
 
@@ -143,7 +141,7 @@ class Progress:
     def _step(self, engine: Any) -> None:
         assert self._bar is not None
         output = engine.state.output
-        self._bar.set_postfix({k: f"{output[k]:.3f}" for k in ("l_r", "l_dv", "l_st")}, refresh=False)
+        self._bar.set_postfix({k: f"{output[k]:.3f}" for k in engine.method.terms}, refresh=False)
         self._bar.update()
 
     def _stop(self, engine: Any) -> None:
@@ -158,6 +156,9 @@ class Progress:
 class LeaveOnSignal:
     """SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint after the current step and end the run cleanly.
 
+    The signals are listened to until that checkpoint is written, so a repeated SIGTERM does not harm it. A second Ctrl-C
+    ends the run at once.
+
     Args:
         every: with several processes, steps between asking whether one of them was told to leave.
     """
@@ -167,11 +168,10 @@ class LeaveOnSignal:
         self._before: dict[int, Any] = {}
 
     def attach(self, engine: Any) -> None:
-        """Hook into a trainer; handlers are put in place when it starts, and taken away when it ends."""
+        """Hook into a trainer; handlers are put in place when it starts, and taken away when its run ends."""
         engine.add_event_handler(Events.STARTED, self._listen)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._leave_if_asked)
-        engine.add_event_handler(Events.COMPLETED, self._stop_listening)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
+        engine.at_exit.append(self._stop_listening)
 
     def _listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -180,10 +180,6 @@ class LeaveOnSignal:
     def _stop_listening(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-    def _fail(self, engine: Any, error: BaseException) -> None:
-        self._stop_listening()
-        raise error
 
     def _hear(self, number: int, frame: Any) -> None:
         self.asked = True

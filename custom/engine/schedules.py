@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
+from torch.utils.data import DataLoader
 
 
 def warmup_cosine(step: int, steps: int, peak: float, warmup: int, final: float = 0.0) -> float:
@@ -32,9 +34,16 @@ def linear_ramp(step: int, start: int, length: int) -> float:
     return 1.0 if length <= 0 else min((step - start + 1) / length, 1.0)
 
 
-def scaled_rate(rate: float, pairs: int, reference_pairs: int = 64) -> float:
-    """A learning rate stated for ``reference_pairs`` a step, scaled linearly to ``pairs``."""
-    return rate * pairs / reference_pairs
+def scaled_rate(rate: float, loader: DataLoader, reference: int = 128) -> float:
+    """A learning rate stated for ``reference`` crops a step (64 pairs), scaled linearly to those of a run.
+
+    Args:
+        rate: for ``reference`` crops a step.
+        loader: of the run, on every process; its dataset may have ``crops``, crops a sample.
+        reference: crops a step.
+    """
+    sampler: Any = loader.batch_sampler
+    return rate * (sampler.batch_size * sampler.world_size * getattr(loader.dataset, "crops", 1)) / reference
 
 
 def decay_groups(modules: nn.Module | Iterable[nn.Module], weight_decay: float) -> list[dict]:

@@ -1,13 +1,14 @@
-"""The training engine: one optimizer step of student, teacher and losses, on MONAI's (ignite's) engine."""
+"""The training engine: one optimizer step of any method, on MONAI's (ignite's) engine."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,9 @@ from custom.engine.checkpoint import (
     save_checkpoint,
 )
 from custom.engine.ema import EMA
-from custom.engine.schedules import cosine_ramp, linear_ramp, warmup_cosine
+from custom.engine.method import Method, Vectors
+from custom.engine.schedules import cosine_ramp, warmup_cosine
 from custom.errors import AliceError
-from custom.methods.alice.branch import StudentBranch, StudentOutput, TeacherBranch
-from custom.methods.alice.losses import AliceLoss
 from custom.processes import (
     first_process_says,
     mean_over_processes,
@@ -41,7 +41,6 @@ from custom.processes import (
 
 logger = logging.getLogger(__name__)
 
-TERMS = ("total", "l_r", "l_dv", "l_st")
 # what of a run's summary may differ when it goes on: everything else would make it another run
 MAY_CHANGE = {"iterations", "store_dir", "monai_version", "torch_version"}
 
@@ -57,7 +56,10 @@ class Schedule:
         final_learning_rate: at the end of the cosine.
         momentum: EMA rate at the start; it rises to ``final_momentum`` on a cosine (the authors' code: 0.996 to 1).
         weight_decay, final_weight_decay: the authors' code moves it from 0.04 to 0.4 on a cosine; None keeps it.
-        similarity_start, similarity_ramp: l_dv and l_st are off before the first and full after start + ramp (ours).
+        from_zero: let the warm-up begin at a rate of 0, as MONAI's ``WarmupCosineSchedule`` does.
+
+    Raises:
+        AliceError: for values out of range.
     """
 
     steps: int
@@ -68,8 +70,7 @@ class Schedule:
     final_momentum: float = 1.0
     weight_decay: float = 0.05
     final_weight_decay: float | None = None
-    similarity_start: int = 0
-    similarity_ramp: int = 0
+    from_zero: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -83,6 +84,8 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """The learning rate at a step."""
+        if self.from_zero and step < self.warmup:
+            return self.learning_rate * (step / self.warmup)
         return warmup_cosine(step, self.steps, self.learning_rate, self.warmup, self.final_learning_rate)
 
     def decay(self, step: int) -> float:
@@ -94,58 +97,54 @@ class Schedule:
         """The teacher's momentum at a step."""
         return cosine_ramp(step, self.steps, self.momentum, self.final_momentum)
 
-    def similarity(self, step: int) -> float:
-        """The factor on l_dv and l_st at a step."""
-        return linear_ramp(step, self.similarity_start, self.similarity_ramp)
+    def summary(self) -> dict[str, Any]:
+        """What may not change when a run goes on; its length, and the warm-up that follows from it, may."""
+        return {name: value for name, value in asdict(self).items() if name not in ("steps", "warmup")}
 
 
 class NonFiniteLoss(AliceError):
     """A loss term became NaN or infinite; the message names the term and the scans."""
 
 
-class AliceTrainer(Trainer):
-    """Pre-train a student and its EMA teacher on pairs of crops (Alice, Sec. 3).
+class PretrainTrainer(Trainer):
+    """Pre-train by any :class:`Method`; one ignite iteration is one optimizer step.
 
-    One ignite iteration is one optimizer step. Everything random in it is a function of the seed, the pair and
-    the step, so a run that is resumed goes on exactly as it would have.
+    Everything random in it is a function of the seed, the sample and the step, so a run that is resumed goes on
+    exactly as it would have. In a run of several processes the student is wrapped in DDP here.
 
     Args:
         device: where to train.
-        student: the online branch; DDP-wrapped or not.
-        teacher: as ``student.make_teacher()`` gives it.
-        loss: the terms and their weights.
-        optimizer: over ``decay_groups`` of the student.
-        loader: of batches with ``crop_q``, ``crop_k``, ``hidden_q``, ``hidden_k`` and bookkeeping, see ``pair_loader``
-            and ``MaskedBatch``.
+        method: networks, views and losses.
+        optimizer: over the student's parameters. A parameter group with ``decays=False`` gets no weight decay.
+        loader: of ``sample_loader``. Its dataset may have ``crops`` (crops a sample, 1 without it), ``summary()``, and
+            ``count(batch)`` with ``rates(counts)`` for what it wants logged about its draws.
         schedule: rates over the run; its ``steps`` is the run's length.
-        view: ``(crop, seeds) -> crop``, the teacher's augmented view; None gives it the crop itself.
         run_dir: checkpoints go to ``run_dir/checkpoints``.
         steps_per_epoch: how many steps ignite calls an epoch (a run has no natural ones).
         accumulate: a batch is worked on in this many parts, one optimizer step for all.
         clip: largest global gradient norm, None for no clipping (ours: 3.0).
-        clip_each: clip every tensor by itself, as the authors' code does.
-        amp: autocast to bfloat16 (on GPUs).
+        clip_each: clip every tensor by itself, as Alice's authors' code does.
+        amp: autocast to bfloat16.
         compile_encoders: run both encoders through ``torch.compile``; see docs/performance.md before you do.
         checkpoint_every: steps between checkpoints; one more is written at the end.
         keep_checkpoints: how many stay.
         resume: go on from the newest checkpoint in ``run_dir``.
         seed: for dropout and stochastic depth.
-        summary: plain values that say what is trained, kept in every checkpoint for the export.
+        summary: plain values that say what is trained, besides what method, dataset and schedule tell themselves. Kept
+            in every checkpoint for the export.
         train_handlers: ignite or MONAI handlers.
+        max_epochs: what MONAI's tools ask a trainer for; follows from the schedule.
     """
 
     def __init__(
         self,
         device: torch.device | str,
-        student: nn.Module,
-        teacher: TeacherBranch,
-        loss: AliceLoss,
+        method: Method,
         optimizer: torch.optim.Optimizer,
         loader: DataLoader,
         schedule: Schedule,
         run_dir: str | Path,
-        view: Callable[[Tensor, Tensor], Tensor] | None = None,
-        steps_per_epoch: int = 100,
+        steps_per_epoch: int = 1000,
         accumulate: int = 1,
         clip: float | None = 3.0,
         clip_each: bool = False,
@@ -159,25 +158,17 @@ class AliceTrainer(Trainer):
         train_handlers: Iterable[Any] | None = None,
         max_epochs: int | None = None,
     ) -> None:
-        steps_per_epoch = min(steps_per_epoch, schedule.steps)
-        super().__init__(
-            device=device,
-            max_epochs=max_epochs or math.ceil(schedule.steps / steps_per_epoch),
-            data_loader=loader,
-            epoch_length=steps_per_epoch,
-            handlers=list(train_handlers or []),
-            decollate=False,
-        )
         sampler: Any = loader.batch_sampler
-        self.sampler = sampler
         if accumulate < 1 or sampler.batch_size % accumulate:
             raise AliceError(
-                f"accumulate = {accumulate} must divide the batch of {sampler.batch_size} pairs."
+                f"accumulate = {accumulate} must divide the batch of {sampler.batch_size} samples."
             )
-        self.student, self.teacher, self.loss, self.optimizer = student, teacher, loss, optimizer
-        self.online: StudentBranch = student.module if hasattr(student, "module") else student  # type: ignore[assignment]
-        self.ema = EMA(teacher, self.online)
-        self.schedule, self.view = schedule, view
+        self.device = torch.device(device)
+        self.sampler, self.draws = sampler, loader.dataset
+        self.method, self.optimizer, self.schedule = method, optimizer, schedule
+        self.online, self.teacher, self.loss = method.student, method.teacher, method.loss
+        self.student = method.wrapped(self.device) if world_size() > 1 else method.student
+        self.ema = None if self.teacher is None else EMA(self.teacher, self.online)
         self.accumulate, self.clip, self.clip_each, self.bf16, self.seed = (
             accumulate,
             clip,
@@ -185,23 +176,38 @@ class AliceTrainer(Trainer):
             amp,
             seed,
         )
-        self.run_dir, self.summary = Path(run_dir), summary or {}
-        self.checkpoint_every, self.keep_checkpoints, self.resume = checkpoint_every, keep_checkpoints, resume
-        self.pairs: dict[str, float] = {"seen": 0, "fallback": 0, "redraws": 0, "rejected": 0}
-        self.scores: deque[float] = deque(maxlen=1024)  # of the latest pairs
-        self.device = torch.device(device)
-        if compile_encoders:  # in place: names in state dicts stay
-            self.online.encoder.compile()
-            teacher.get_submodule("encoder").compile()
+        self.run_dir, self.checkpoint_every, self.keep_checkpoints = (
+            Path(run_dir),
+            checkpoint_every,
+            keep_checkpoints,
+        )
+        self.resume = resume
+        self.summary = self._summary(summary or {})
+        self.counts: dict[str, float] = {}  # what the dataset counted over the run
+        self.scores: deque[float] = deque(maxlen=1024)  # of the latest samples, where they have one
         self.section: Callable[[str], Any] = _untimed  # replaced by a profile, see custom.engine.profile
         self.news: dict[str, float] = {}
         self.distributions: dict[str, list[float]] = {}  # what meters reported since the log last looked
-        self.pooled: list[
-            tuple[Tensor, Tensor, list[str]]
-        ] = []  # student's, teacher's, whose; of this step's parts
+        self.pooled: list[Vectors] = []  # of this step's parts
+        self.kept: dict[str, Any] = {}  # handlers with a state_dict, kept in checkpoints by name
+        self.at_exit: list[Callable[[], None]] = []  # called when run() ends, whatever the way
+        self._terms = ("total", *method.terms, *method.meters)
         self._pending: tuple[int, Tensor, Any, list[str]] | None = None
-        self._values: dict[str, float] = dict.fromkeys((*TERMS, "grad_norm"), math.nan)
-        self._saved_at = -1
+        self._values: dict[str, float] = dict.fromkeys((*self._terms, "grad_norm"), math.nan)
+        self.saved_at = -1
+        if compile_encoders:  # in place: names in state dicts stay
+            for network in (self.online, self.teacher):
+                if network is not None:
+                    network.get_submodule("encoder").compile()
+        steps_per_epoch = min(steps_per_epoch, schedule.steps)
+        super().__init__(
+            device=self.device,
+            max_epochs=max_epochs or math.ceil(schedule.steps / steps_per_epoch),
+            data_loader=loader,
+            epoch_length=steps_per_epoch,
+            handlers=list(train_handlers or []),
+            decollate=False,
+        )
         self.add_event_handler(Events.ITERATION_COMPLETED, self._after_step)
         self.add_event_handler(Events.COMPLETED, self._at_end)
 
@@ -226,21 +232,32 @@ class AliceTrainer(Trainer):
             logger.info("%s has all its %d iterations.", self.run_dir, self.schedule.steps)
             return
         self.student.train()
-        self.teacher.eval()  # a teacher answers without dropout or stochastic depth
+        if self.teacher is not None:
+            self.teacher.eval()  # a teacher answers without dropout or stochastic depth
         self.loss.train()
-        super().run()
+        try:
+            super().run()
+        finally:
+            for leave in self.at_exit:
+                leave()
 
     @property
     def folder(self) -> Path:
         """Where the checkpoints lie."""
         return self.run_dir / "checkpoints"
 
+    @property
+    def crops(self) -> int:
+        """Crops a sample."""
+        return getattr(self.draws, "crops", 1)
+
     def _iteration(self, engine: Any, batch: dict[str, Any]) -> dict[str, float]:
         step = self.state.iteration - 1  # ignite counts from 1
         torch.manual_seed(_mix(self.seed, step, rank()))
+        self.method.start_step(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate(step)
-            group["weight_decay"] = self.schedule.decay(step) if group["decays"] else 0.0
+            group["weight_decay"] = self.schedule.decay(step) if group.get("decays", True) else 0.0
         self.optimizer.zero_grad(set_to_none=True)
 
         sums: Tensor | None = None
@@ -248,13 +265,12 @@ class AliceTrainer(Trainer):
         for part in range(self.accumulate):
             last = part == self.accumulate - 1
             with nullcontext() if last or not hasattr(self.student, "no_sync") else self.student.no_sync():  # type: ignore[operator]
-                part_batch = self.part(batch, part)
-                output, terms = self.losses_of(part_batch, step)
-                owners = [*part_batch["patient_q"], *part_batch["patient_k"]]
-                self.pooled.append((output.student_pooled.detach(), output.teacher_pooled, owners))
+                vectors, terms = self.forward(self.part(batch, part), step)
+                if vectors is not None:
+                    self.pooled.append(vectors)
                 with self.section("backward"):
                     (terms["total"] / self.accumulate).backward()
-            values = torch.stack([terms[name].detach() for name in TERMS]) / self.accumulate
+            values = torch.stack([terms[name].detach() for name in self._terms]) / self.accumulate
             sums = values if sums is None else sums + values
         assert sums is not None
 
@@ -267,37 +283,34 @@ class AliceTrainer(Trainer):
             self.flush()  # nothing to wait for: stop before a bad step is taken
         with self.section("optimizer"):
             self.optimizer.step()
-        with self.section("ema"):
-            self.ema.update(self.schedule.ema(step))
-        self.pairs["seen"] += len(batch["score"])
-        self.pairs["fallback"] += int(batch["fallback"].sum())
-        self.pairs["redraws"] += int(batch["redraws"].sum())
-        self.pairs["rejected"] += int(batch["rejected"].sum())
-        self.scores.extend(batch["score"].tolist())
+        if self.ema is not None:
+            with self.section("ema"):
+                self.ema.update(self.schedule.ema(step))
+        self._count(batch)
         return {"loss": self._values["total"], **self._values}
 
-    def losses_of(
+    def forward(
         self, batch: dict[str, Any], step: int, student: nn.Module | None = None
-    ) -> tuple[StudentOutput, dict[str, Tensor]]:
-        """One forward pass of both branches over Q and K stacked: the student's output, and the loss terms.
+    ) -> tuple[Vectors | None, dict[str, Tensor]]:
+        """One forward pass of the method: pooled vectors for the meters, and the loss terms.
 
         A meter passes the bare student, so that DDP does not wait for a backward pass that never comes.
         """
+        method = self.method
         with self.section("transfer"):
-            # each moved by itself: joined on the host, they would no longer be in pinned memory
-            halves = [batch[key].to(self.device, non_blocking=True) for key in ("crop_q", "crop_k")]
-            crop = torch.cat(halves)  # (2B, 1, X, Y, Z)
-        seeds = torch.cat([batch["seed"], batch["seed"] + 1])
-        hidden = torch.cat([batch["hidden_q"], batch["hidden_k"]])  # on the CPU, where it is counted
-        plan = batch["plans"][0] if len(batch.get("plans", ())) == 1 else None
+            # each crop is moved by itself: joined on the host, they would no longer be in pinned memory
+            crops = {
+                k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k.startswith("crop")
+            }
         with torch.no_grad(), self.section("views"):
-            intact = crop if self.view is None else self.view(crop, seeds)
+            views = method.views(batch | crops, self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            with self.section("target"):
-                target = self.teacher(intact)
-            output = (student or self.student)(crop, hidden, target, self.teacher.casa, plan)
+            with torch.no_grad(), self.section("target"):
+                target = method.target(views)
+            output = method.online(student or self.student, views, target)
         with self.section("losses"):
-            return output, self.loss(output, crop, hidden, step, self.schedule.similarity(step))
+            terms = method.losses(output, views, target, step)
+        return method.vectors(output, target, batch), terms
 
     def report(self, values: dict[str, float]) -> None:
         """Take a meter's numbers into ``state.metrics`` and the next line of the log."""
@@ -310,10 +323,17 @@ class AliceTrainer(Trainer):
 
     def part(self, batch: dict[str, Any], part: int) -> dict[str, Any]:
         """One of ``accumulate`` equal parts of a batch, with its own plan."""
-        size = len(batch["seed"]) // self.accumulate
+        size = self.sampler.batch_size // self.accumulate
         rows = slice(part * size, (part + 1) * size)
-        split = {k: v[rows] for k, v in batch.items() if k != "plans"}
+        split = {k: _rows(v, rows) for k, v in batch.items() if k != "plans"}
         return split | ({"plans": [batch["plans"][part]]} if "plans" in batch else {})
+
+    def _count(self, batch: dict[str, Any]) -> None:
+        if hasattr(self.draws, "count"):
+            for name, number in self.draws.count(batch).items():
+                self.counts[name] = self.counts.get(name, 0) + number
+        if "score" in batch:
+            self.scores.extend(batch["score"].tolist())
 
     def _clip_gradients(self) -> Tensor:
         parameters = [p for p in self.online.parameters() if p.grad is not None]
@@ -335,11 +355,12 @@ class AliceTrainer(Trainer):
         self._pending = None
         if copied is not None:
             copied.synchronize()
-        self._values = dict(zip((*TERMS, "grad_norm"), values.tolist(), strict=True))
-        bad = [name for name, value in self._values.items() if not math.isfinite(value)]
+        self._values = dict(zip((*self._terms, "grad_norm"), values.tolist(), strict=True))
+        bad = [n for n, v in self._values.items() if not math.isfinite(v) and n not in self.method.meters]
         if bad:
+            scans_of_all = names_of_all(scans)
             raise NonFiniteLoss(
-                f"Step {step + 1}: {', '.join(bad)} not finite, on {', '.join(names_of_all(scans))}. "
+                f"Step {step + 1}: {', '.join(bad)} not finite{', on ' if scans_of_all else ''}{', '.join(scans_of_all)}. "
                 "The last good checkpoint is "
                 f"{latest_checkpoint(self.folder) or 'none yet'}. Look at these scans; lower learning_rate; or set amp to false."
             )
@@ -356,20 +377,20 @@ class AliceTrainer(Trainer):
 
     def _at_end(self) -> None:
         self.flush()
-        if self._saved_at != self.state.iteration:
+        if self.saved_at != self.state.iteration:
             self.save()
 
     def save(self) -> None:
         """Write a checkpoint of this step, by the first process."""
         self.flush()  # a broken step must not become a checkpoint
-        self._saved_at = self.state.iteration
+        self.saved_at = self.state.iteration
         if rank() == 0:
             content = {
-                "student": self.online.state_dict(),
-                "teacher": self.teacher.state_dict(),
-                "loss": self.loss.state_dict(),
+                **{name: module.state_dict() for name, module in self._modules().items()},
                 "optimizer": self.optimizer.state_dict(),
-                "pairs": dict(self.pairs),
+                "counts": dict(self.counts),
+                "scores": list(self.scores),
+                "kept": {name: handler.state_dict() for name, handler in self.kept.items()},
                 "world_size": world_size(),
                 "batch_size": self.sampler.batch_size,
                 "summary": self.summary,
@@ -379,39 +400,33 @@ class AliceTrainer(Trainer):
         wait_for_all()
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint: weights, EMA, optimizer, loss, and the place in the sequence of pairs.
+        """Go on from a checkpoint: weights, EMA, optimizer, loss, and the place in the sequence of samples.
 
         Raises:
-            CheckpointError: if it was made with other networks, or another number of pairs a step.
+            CheckpointError: if it was made with other networks or settings, or another number of samples a step.
         """
         content = load_checkpoint(path, self.device)
-        pairs_then = content["world_size"] * content["batch_size"]
-        pairs_now = world_size() * self.sampler.batch_size
-        if pairs_then != pairs_now:
+        then, now = content["world_size"] * content["batch_size"], world_size() * self.sampler.batch_size
+        if then != now:
             raise CheckpointError(
-                f"{path}: was trained with {pairs_then} pairs a step, now {pairs_now}. Set batch_size so that "
+                f"{path}: was trained with {then} samples a step, now {now}. Set batch_size so that "
                 "batch_size x processes is the same, or choose another output_dir."
             )
+        self._refuse_changes(path, content["summary"])
         try:
-            self.online.load_state_dict(content["student"])
-            self.teacher.load_state_dict(content["teacher"])
-            self.loss.load_state_dict(content["loss"])
+            for name, module in self._modules().items():
+                module.load_state_dict(content[name])
             self.optimizer.load_state_dict(content["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{path}: was made with other settings ({str(error).splitlines()[0]}). Choose another output_dir."
             ) from error
-        # runs from before profiles were all of CT
-        then = ({"profile": "ct"} if "profile" in self.summary else {}) | content["summary"]
-        changed = [k for k in sorted({*then, *self.summary} - MAY_CHANGE)
-                   if then.get(k) != self.summary.get(k)]  # fmt: skip
-        if changed:
-            listed = "; ".join(f"{k} was {then.get(k)!r}, now {self.summary.get(k)!r}" for k in changed)
-            raise CheckpointError(
-                f"{path}: {listed}. Set it back, or choose another output_dir for the new run."
-            )
-        self.pairs = content["pairs"]
-        self._saved_at = content["iteration"]
+        self.counts = dict(content["counts"])
+        self.scores.extend(content["scores"])
+        for name, handler in self.kept.items():
+            if name in content["kept"]:
+                handler.load_state_dict(content["kept"][name])
+        self.saved_at = content["iteration"]
         self.load_state_dict(
             {
                 "iteration": content["iteration"],
@@ -421,6 +436,42 @@ class AliceTrainer(Trainer):
         )
         self.sampler.start = content["iteration"]
         logger.info("Resumed from %s at iteration %d.", path, content["iteration"])
+
+    def _modules(self) -> dict[str, nn.Module]:
+        teacher = {} if self.teacher is None else {"teacher": self.teacher}
+        return {"student": self.online, **teacher, "loss": self.loss}
+
+    def _summary(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Everything that says what is trained, as plain values."""
+        own = {"method": self.method.name, "terms": list(self.method.terms), "exported": self.method.exported}
+        own |= self.method.summary()
+        if hasattr(self.draws, "summary"):
+            own["draws"] = self.draws.summary()
+        own["schedule"] = self.schedule.summary()
+        own |= {"iterations": self.schedule.steps, "clip": self.clip, "clip_each": self.clip_each}
+        own |= {"samples_per_step": self.sampler.batch_size * world_size(), "seed": self.seed}
+        return json.loads(json.dumps(own | given, default=str))
+
+    def _refuse_changes(self, path: Path, summary: dict[str, Any]) -> None:
+        then, now = _flat(summary), _flat(self.summary)
+        changed = [k for k in sorted({*then, *now}) if k not in MAY_CHANGE and then.get(k) != now.get(k)]
+        if changed:
+            listed = "; ".join(f"{k} was {then.get(k)!r}, now {now.get(k)!r}" for k in changed)
+            raise CheckpointError(
+                f"{path}: {listed}. Set it back, or choose another output_dir for the new run."
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their path, as an override would name them: ``draws::max_offset``."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}::") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _rows(value: Any, rows: slice) -> Any:
+    return {k: _rows(v, rows) for k, v in value.items()} if isinstance(value, dict) else value[rows]
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, Any]:
@@ -447,4 +498,4 @@ def _mix(*numbers: int) -> int:
 
 
 def _scans_of(batch: dict[str, Any]) -> list[str]:
-    return sorted({*batch["scan_q"], *batch["scan_k"]})
+    return sorted({name for key in batch if key.startswith("scan") for name in batch[key]})

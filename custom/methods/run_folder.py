@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from custom.encoders.tokens import token_encoder
+import monai
+import torch
+from torch import nn
+
+from custom.data.store.volume_store import VolumeStore
 from custom.engine.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
-from custom.methods.alice.branch import StudentBranch
-from custom.methods.alice.official import OfficialStudent
+from custom.methods.registry import build_student
+from custom.methods.split import digest_of_names
 from custom.transfer.encoder_weights import build_encoder
 
 
@@ -18,11 +22,49 @@ class Run(NamedTuple):
     folder: Path
     iteration: int
     summary: dict[str, Any]
-    student: StudentBranch | OfficialStudent  # in evaluation mode, on the CPU
+    student: nn.Module  # in evaluation mode, on the CPU; its ``encoder`` is the one to export
+
+
+def describe(
+    network: nn.Module,
+    store: VolumeStore,
+    split: tuple[list[str], list[str]],
+    crop_size: list[int],
+    window_hu: list[float],
+    masking: Any,
+) -> dict[str, Any]:
+    """What a run's summary says of the network and the data, for the export and for those who look at the run.
+
+    Args:
+        network: the encoder's; its ``settings`` build it again.
+        store: of the scans.
+        split: names to train on, names held back.
+        crop_size: voxels along x, y, z.
+        window_hu: stored values that become 0 and 1.
+        masking: draws the masks; has ``settings``.
+    """
+    return {
+        "network": network.settings,
+        "network_type": type(network).__name__,
+        "crop_size": crop_size,
+        "spacing": list(store.spacing),
+        "window_hu": window_hu,
+        "profile": store.profile,
+        "orientation": "RAS",
+        "masking": masking.settings,
+        "scans": len(split[0]),
+        "trained_on": digest_of_names(split[0]),
+        "held_back": split[1],
+        "store_dir": str(store.path),
+        "monai_version": monai.__version__,
+        "torch_version": str(torch.__version__),
+    }
 
 
 def load_run(folder: str | Path) -> Run:
     """Rebuild the student of a run from its newest checkpoint.
+
+    Where the method exports its teacher, the student holds the teacher's encoder.
 
     Args:
         folder: the run's ``output_dir``, or one checkpoint in it.
@@ -40,11 +82,10 @@ def load_run(folder: str | Path) -> Run:
     summary = content["summary"]
     if "student" not in summary:
         raise CheckpointError(f"{path}: its summary does not say how the student is built.")
-    network, settings = build_encoder(summary), dict(summary["student"])
-    student: StudentBranch | OfficialStudent
-    if settings.pop("official", False):
-        student = OfficialStudent(network, **settings)  # type: ignore[arg-type]
-    else:
-        student = StudentBranch(token_encoder(network), **settings)
-    student.load_state_dict(content["student"])
+    student = build_student(summary["method"], build_encoder(summary), summary["student"])
+    weights = content["student"]
+    if summary["exported"] == "teacher":
+        taught = {k: v for k, v in content["teacher"].items() if k.startswith("encoder.")}
+        weights = weights | taught
+    student.load_state_dict(weights)
     return Run(folder, content["iteration"], summary, student.eval())

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
+
+from custom.encoders.masking import refine_mask
+from custom.encoders.patches import empty_patches, normalise_patches, patchify
 
 
 def masked_mean(values: Tensor, weights: Tensor) -> Tensor:
@@ -15,3 +20,28 @@ def masked_mean(values: Tensor, weights: Tensor) -> Tensor:
 def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
     """``2 - 2 cos(a, stopgrad(b))`` over the last axis (BYOL, SimSiam)."""
     return 2 - 2 * F.cosine_similarity(prediction.float(), target.detach().float(), dim=-1)
+
+
+def masked_reconstruction(
+    pixels: Tensor, crop: Tensor, hidden: Tensor, patch: Sequence[int], *, skip_empty: bool = True
+) -> Tensor:
+    """Squared error of predicted hidden patches, each normalised (MAE; Alice, Eq. 1), in fp32.
+
+    Args:
+        pixels: (B, N, P) predicted patches.
+        crop: (B, 1, X, Y, Z) what was to be predicted.
+        hidden: bool over mask units (B, ux, uy, uz).
+        patch: voxels per token along x, y, z.
+        skip_empty: leave hidden patches of one flat value out (ours).
+
+    Returns:
+        The mean over samples of each sample's mean over hidden patches.
+    """
+    patches = patchify(crop.float(), patch)  # (B, N, P)
+    grid = [side // p for side, p in zip(crop.shape[2:], patch, strict=True)]
+    factor = [g // u for g, u in zip(grid, hidden.shape[1:], strict=True)]
+    chosen = refine_mask(hidden, factor).flatten(1).to(crop.device, non_blocking=True)
+    if skip_empty:
+        chosen = chosen & ~empty_patches(patches)
+    error = (pixels.float() - normalise_patches(patches)).square().mean(dim=-1)
+    return masked_mean(error, chosen)

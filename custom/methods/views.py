@@ -31,6 +31,7 @@ class Masking:
         if not 0.0 <= ratio < 1.0:
             raise AliceError(f"hidden_ratio must be in [0, 1), got {ratio}.")
         self.ratio, self.kind = ratio, kind
+        self.settings = {"ratio": ratio, "kind": kind}
 
     def __call__(self, seeds: Tensor, grid: Sequence[int]) -> Tensor:
         """Seeds (B,) on the CPU -> bool (B, ux, uy, uz) on the CPU."""
@@ -39,11 +40,13 @@ class Masking:
 
 
 class MaskedBatch:
-    """Collates pairs, and draws their masks (and the encoder's plans) in the loader's worker.
+    """Collates samples, and draws their masks (and the encoder's plans) in the loader's worker.
 
     Args:
         masking: draws masks from seeds.
         grid: mask units along x, y, z.
+        keys: of the crops that are masked; ``crop_q`` gets its mask as ``hidden_q``, ``crop`` as ``hidden``. Key number
+            ``i`` is masked from the sample's seed plus ``i``, so crops of one sample hide different places.
         planner: what the encoder prepares from a mask ahead of time; None for nothing.
         parts: into how many parts the trainer splits a batch; each gets its own plan.
     """
@@ -52,24 +55,23 @@ class MaskedBatch:
         self,
         masking: Masking,
         grid: Sequence[int],
+        keys: Sequence[str] = ("crop",),
         planner: Callable[[Tensor], Any] | None = None,
         parts: int = 1,
     ) -> None:
-        self.masking, self.grid, self.planner, self.parts = masking, tuple(grid), planner, parts
-        masking(
-            torch.zeros(1, dtype=torch.int64), self.grid
-        )  # refuse a crop too small to mask before any worker starts
+        self.masking, self.grid, self.keys = masking, tuple(grid), tuple(keys)
+        self.planner, self.parts = planner, parts
+        # refuse a crop too small to mask before any worker starts
+        masking(torch.zeros(1, dtype=torch.int64), self.grid)
 
-    def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch with ``hidden_q`` and ``hidden_k``, bool (B, ux, uy, uz), and ``plans``, one a part."""
-        batch = default_collate(pairs)
-        batch["hidden_q"] = self.masking(batch["seed"], self.grid)
-        batch["hidden_k"] = self.masking(batch["seed"] + 1, self.grid)
-        if self.planner is not None:
-            halves = zip(
-                batch["hidden_q"].chunk(self.parts), batch["hidden_k"].chunk(self.parts), strict=True
-            )
-            batch["plans"] = [self.planner(torch.cat(pair)) for pair in halves]
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch with masks, bool (B, ux, uy, uz), and ``plans``, one a part."""
+        batch = default_collate(samples)
+        masks = [self.masking(batch["seed"] + i, self.grid) for i in range(len(self.keys))]
+        batch |= {key.replace("crop", "hidden", 1): mask for key, mask in zip(self.keys, masks, strict=True)}
+        if self.planner is not None and masks:
+            parts = zip(*(mask.chunk(self.parts) for mask in masks), strict=True)
+            batch["plans"] = [self.planner(torch.cat(part)) for part in parts]
         return batch
 
 
@@ -107,6 +109,7 @@ class TargetView:
         self.spacing = torch.tensor([float(s) for s in spacing])
         self.rotation, self.zoom, self.flip = rotation, zoom, torch.tensor([float(p) for p in flip])
         self.scale, self.shift, self.noise = scale, shift, noise
+        self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
 
     def __call__(self, crop: Tensor, seeds: Tensor) -> Tensor:
         """Augment (B, 1, X, Y, Z) with seeds (B,) on the CPU; what leaves the crop is filled with 0 (air)."""

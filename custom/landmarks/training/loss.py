@@ -118,6 +118,7 @@ class SAMLoss(nn.Module):
         joint_weight: float = 1.0,
     ) -> None:
         super().__init__()
+        self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         if not temperature > 0:
             raise AliceError(f"temperature must be positive, got {temperature}.")
         if min(ranked, negatives) < 1 or min(exclusion_mm, coarse_exclusion_mm, joint_weight) < 0:

@@ -76,6 +76,8 @@ class ViewPairs(Dataset):
         coarse_match_mm: float = 25.0,
         coarse_match_z_mm: float = 8.0,
     ) -> None:
+        given = ("self", "store", "names", "places", "length", "seed")
+        self.settings = {k: v for k, v in locals().items() if k not in given and k != "given"}
         if len(crop_size) != 3 or crop_size[2] < 4 or min(crop_size[:2]) < 16:
             raise AliceError(f"crop_size must be at least 16, 16, 4 voxels, got {list(crop_size)}.")
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
@@ -107,11 +109,15 @@ class ViewPairs(Dataset):
     def __len__(self) -> int:
         return self.length
 
+    def summary(self) -> dict[str, Any]:
+        """Settings that make the sequence what it is, as plain values."""
+        return {"kind": type(self).__name__} | self.settings
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Pair ``index``: two views stacked, their cells' positions, and matched cells.
 
         Returns:
-            ``crop`` (2, 1, Z, Y, X); ``space`` int; for both levels (N cells, flattened z, y, x)
+            ``crop`` (2, 1, Z, Y, X); ``scan_1``, ``scan_2`` names; ``space`` int; for both levels (N cells, flattened z, y, x)
             ``<level>_mm`` (2, N, 3), ``<level>_inside`` bool (2, N), ``<level>_match`` int64 (2, N or A, 2):
             rows of (cell of this view, its counterpart in the other), -1 where there are fewer; and
             ``fine_candidates`` int64 (M,), cells of both views, the second's counted on from the first's.
@@ -130,6 +136,7 @@ class ViewPairs(Dataset):
         crops = [
             see(self.store, name, look, self.size) for name, look in zip((first, second), looks, strict=True)
         ]
+        item |= {"scan_1": first, "scan_2": second}
         item["crop"] = torch.stack([hu_to_units(torch.from_numpy(crop))[None] for crop in crops])
         for level in ("fine", "coarse"):
             cells = [

@@ -128,6 +128,11 @@ class StudentBranch(nn.Module):
             copy.deepcopy(self.casa) if own_casa else None,
         )
 
+    def timed(self) -> dict[str, list[nn.Module]]:
+        """Modules by the section of a step that they belong to."""
+        heads = [m for m in (self.head, self.casa, self.predict_pooled, self.predict_tokens) if m is not None]
+        return {"online": [self.encoder], "decoder": [self.decoder], "heads": heads}
+
     def forward(
         self,
         crop: Tensor,

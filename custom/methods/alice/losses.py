@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from custom.encoders.masking import refine_mask
-from custom.encoders.patches import empty_patches, normalise_patches, patchify
+from custom.encoders.patches import patchify
+from custom.engine.schedules import linear_ramp
 from custom.errors import AliceError
 from custom.methods.alice.branch import StudentOutput
-from custom.methods.terms import cosine_distance, masked_mean
+from custom.methods.terms import cosine_distance, masked_reconstruction
 from custom.processes import gather_rows, mean_over_processes, rank
 
 SIMILARITIES = ("cosine", "dino", "infonce")
@@ -38,6 +38,10 @@ class AliceLoss(nn.Module):
             linear over the first ``teacher_warmup`` steps).
         teacher_warmup: steps of that ramp.
         width: channels of pooled and token vectors; needed for ``dino``, which keeps running centres.
+        similarity_start, similarity_ramp: l_dv and l_st are off before the first step and full after start + ramp (ours).
+
+    Attributes:
+        settings: these arguments but those that follow from the network or the run's length.
     """
 
     centre_pooled: Tensor
@@ -56,8 +60,12 @@ class AliceLoss(nn.Module):
         teacher_temperature: Sequence[float] = (0.008, 0.01),
         teacher_warmup: int = 0,
         width: int = 256,
+        similarity_start: int = 0,
+        similarity_ramp: int = 0,
     ) -> None:
         super().__init__()
+        derived = ("self", "__class__", "patch", "width", "teacher_warmup")
+        self.settings = {k: v for k, v in locals().items() if k not in derived and k != "derived"}
         if similarity not in SIMILARITIES:
             raise AliceError(f"similarity must be one of {', '.join(SIMILARITIES)}; got {similarity!r}.")
         if reconstruction not in RECONSTRUCTIONS:
@@ -72,6 +80,7 @@ class AliceLoss(nn.Module):
         self.weights = {"l_r": weight_r, "l_dv": weight_dv, "l_st": weight_st}
         self.temperature = temperature or (0.1 if similarity == "dino" else 0.2)
         self.teacher_temperature, self.teacher_warmup = tuple(teacher_temperature), teacher_warmup
+        self.similarity_start, self.similarity_ramp = similarity_start, similarity_ramp
         self.register_buffer("centre_pooled", torch.zeros(width))
         self.register_buffer("centre_tokens", torch.zeros(width))
 
@@ -81,7 +90,6 @@ class AliceLoss(nn.Module):
         crop: Tensor,
         hidden: Tensor,
         step: int = 0,
-        similarity_scale: float = 1.0,
     ) -> dict[str, Tensor]:
         """Every term and their weighted sum.
 
@@ -89,8 +97,7 @@ class AliceLoss(nn.Module):
             output: of the student for Q and K stacked along the batch: the first half is Q, the second K.
             crop: (2B, 1, X, Y, Z) what the student was to reconstruct.
             hidden: bool over mask units (2B, ux, uy, uz).
-            step: number of the optimizer's step, for the teacher's temperature.
-            similarity_scale: factor on l_dv and l_st, for their warm-up.
+            step: number of the optimizer's step, for the teacher's temperature and the warm-up of l_dv and l_st.
 
         Returns:
             ``l_r``, ``l_dv``, ``l_st`` (unweighted) and ``total``.
@@ -115,22 +122,16 @@ class AliceLoss(nn.Module):
             self._move_centre(self.centre_pooled, target)
             if output.teacher_tokens is not None:
                 self._move_centre(self.centre_tokens, output.teacher_tokens)
-        scale = {"l_r": 1.0, "l_dv": similarity_scale, "l_st": similarity_scale}
+        ramp = linear_ramp(step, self.similarity_start, self.similarity_ramp)
+        scale = {"l_r": 1.0, "l_dv": ramp, "l_st": ramp}
         total = torch.stack([self.weights[name] * scale[name] * term for name, term in terms.items()]).sum()
         return terms | {"total": total}
 
     def reconstruction_loss(self, pixels: Tensor, crop: Tensor, hidden: Tensor) -> Tensor:
         """Squared error of predicted patches, averaged over patches and samples (Alice, Eq. 1)."""
-        patches = patchify(crop, self.patch)  # (2B, N, P)
         if self.reconstruction == "whole":
-            return F.mse_loss(pixels, patches)
-        grid = [side // p for side, p in zip(crop.shape[2:], self.patch, strict=True)]
-        factor = [g // u for g, u in zip(grid, hidden.shape[1:], strict=True)]
-        chosen = refine_mask(hidden, factor).flatten(1).to(crop.device, non_blocking=True)
-        if self.skip_empty:
-            chosen = chosen & ~empty_patches(patches)
-        error = (pixels - normalise_patches(patches)).square().mean(dim=-1)
-        return masked_mean(error, chosen)
+            return F.mse_loss(pixels, patchify(crop, self.patch))
+        return masked_reconstruction(pixels, crop, hidden, self.patch, skip_empty=self.skip_empty)
 
     def _similarity(
         self, student: Tensor, teacher: Tensor, centre: Tensor, temperature: float, pooled_view: bool

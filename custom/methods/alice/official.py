@@ -68,6 +68,10 @@ class OfficialStudent(nn.Module):
         """A teacher that starts as this student."""
         return OfficialTeacher(*(copy.deepcopy(m) for m in (self.network, self.adapters, self.head)))  # type: ignore[arg-type]
 
+    def timed(self) -> dict[str, list[nn.Module]]:
+        """Modules by the section of a step that they belong to."""
+        return {"online": [self.network], "heads": [self.head, self.casa]}
+
     def forward(
         self,
         crop: Tensor,

@@ -9,15 +9,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from custom.encoders.masking import hidden_voxels
 from custom.encoders.patches import patchify, unpatchify
-from custom.methods.alice.branch import StudentBranch
 
 
 @torch.no_grad()
-def reconstruction(student: StudentBranch, crop: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def reconstruction(student: nn.Module, crop: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """What the student sees of a crop, and how it fills in the rest.
 
     Args:
@@ -39,7 +38,7 @@ def reconstruction(student: StudentBranch, crop: Tensor, hidden: Tensor) -> tupl
 
 
 @torch.no_grad()
-def token_similarity(student: StudentBranch, crop_q: Tensor, crop_k: Tensor, voxel: Sequence[int]) -> Tensor:
+def token_similarity(student: nn.Module, crop_q: Tensor, crop_k: Tensor, voxel: Sequence[int]) -> Tensor:
     """Cosine of Q's token at a voxel with every token of K, centred over both crops: (X, Y, Z), upsampled."""
     encoder = student.encoder
     encoded = encoder(torch.cat([crop_q, crop_k]))
@@ -51,28 +50,36 @@ def token_similarity(student: StudentBranch, crop_q: Tensor, crop_k: Tensor, vox
 
 
 def run_picture(
-    student: StudentBranch, log: list[dict[str, Any]], crop_q: Tensor, crop_k: Tensor, hidden: Tensor
+    student: nn.Module,
+    log: list[dict[str, Any]],
+    terms: Sequence[str],
+    crop_q: Tensor,
+    crop_k: Tensor,
+    hidden: Tensor,
 ) -> Figure:
-    """All of it on one figure.
+    """All of it on one figure. A student without a decoder of pixels shows no reconstruction.
 
     Args:
-        student: in evaluation mode.
+        student: in evaluation mode; has an ``encoder``.
         log: lines of the run's ``log.jsonl``.
+        terms: names of the loss terms.
         crop_q, crop_k: (1, 1, X, Y, Z) of two held-back patients at the same anatomy.
         hidden: bool over mask units (1, ux, uy, uz).
     """
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     axes = figure.subplots(2, 4)
-    _curves(axes[0, 0], log, ("l_r", "l_dv", "l_st"), "loss terms")
+    _curves(axes[0, 0], log, terms, "loss terms")
     _curves(axes[1, 0], log, ("probe/retrieval", "probe/chance", "probe/linear"), "held-back patients")
-    masked, filled = reconstruction(student, crop_q, hidden)
     middle = crop_q.shape[4] // 2
-    for axis, volume, title in (
-        (axes[0, 1], crop_q[0, 0], "held-back crop Q"),
-        (axes[0, 2], masked, f"what the encoder sees ({float(hidden.float().mean()):.0%} hidden)"),
-        (axes[0, 3], filled, "hidden patches filled in"),
-    ):
-        _slice(axis, volume[..., middle], title)
+    _slice(axes[0, 1], crop_q[0, 0][..., middle], "held-back crop Q")
+    if hasattr(student, "decoder") and hasattr(student.decoder, "pixels"):
+        masked, filled = reconstruction(student, crop_q, hidden)
+        share = float(hidden.float().mean())
+        _slice(axes[0, 2], masked[..., middle], f"what the encoder sees ({share:.0%} hidden)")
+        _slice(axes[0, 3], filled[..., middle], "hidden patches filled in")
+    else:
+        axes[0, 2].set_axis_off()
+        axes[0, 3].set_axis_off()
     voxel = [n // 2 for n in crop_q.shape[2:]]
     field = token_similarity(student, crop_q, crop_k, voxel)
     _slice(axes[1, 1], crop_q[0, 0][..., middle], "a place in Q")

@@ -1,0 +1,93 @@
+"""Alice as a method of the engine: aligned crops of two patients, masked for the student, intact for the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from custom.encoders.tokens import token_encoder
+from custom.engine.method import Method, Vectors
+from custom.methods.alice.branch import StudentBranch, StudentOutput, TeacherOutput
+from custom.methods.alice.losses import AliceLoss
+from custom.methods.alice.official import OfficialStudent
+
+
+class AliceViews(NamedTuple):
+    """Both crops of every pair, stacked: the first half is Q, the second K."""
+
+    crop: Tensor  # (2B, 1, X, Y, Z), of which the student sees what is not hidden
+    intact: Tensor  # (2B, 1, X, Y, Z), augmented, for the teacher
+    hidden: Tensor  # bool over mask units (2B, ux, uy, uz), on the CPU, where it is counted
+    plan: Any  # what the encoder's planner made of it, or None
+
+
+def build_student(network: nn.Module, settings: dict[str, Any]) -> StudentBranch | OfficialStudent:
+    """A student as a checkpoint describes it."""
+    if settings.pop("official", False):
+        return OfficialStudent(network, **settings)  # type: ignore[arg-type]
+    return StudentBranch(token_encoder(network), **settings)
+
+
+class Alice(Method):
+    """l_r + l_dv + l_st on aligned pairs (Alice, ICCV 2023).
+
+    Args:
+        student: the online branch. The teacher is made from it.
+        loss: the terms and their weights.
+        view: ``(crop, seeds) -> crop``, the teacher's augmented view; None gives it the crop itself.
+    """
+
+    name = "alice"
+    terms = ("l_r", "l_dv", "l_st")
+
+    def __init__(
+        self,
+        student: StudentBranch | OfficialStudent,
+        loss: AliceLoss,
+        view: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.student: StudentBranch | OfficialStudent = student
+        self.teacher = student.make_teacher()
+        self.loss, self.view = loss, view
+
+    def views(self, batch: dict[str, Any], device: torch.device) -> AliceViews:
+        """Q and K stacked, and the teacher's view of them."""
+        crop = torch.cat([batch["crop_q"], batch["crop_k"]])
+        hidden = torch.cat([batch["hidden_q"], batch["hidden_k"]])
+        seeds = torch.cat([batch["seed"], batch["seed"] + 1])
+        plans = batch.get("plans", ())
+        intact = crop if self.view is None else self.view(crop, seeds)
+        return AliceViews(crop, intact, hidden, plans[0] if len(plans) == 1 else None)
+
+    def target(self, views: AliceViews) -> TeacherOutput:
+        """Y and its mean, of intact crops."""
+        assert self.teacher is not None
+        return self.teacher(views.intact)
+
+    def online(self, student: nn.Module, views: AliceViews, target: TeacherOutput) -> StudentOutput:
+        """Predicted patches, and the student's vectors beside the teacher's."""
+        assert self.teacher is not None
+        return student(views.crop, views.hidden, target, self.teacher.casa, views.plan)
+
+    def losses(
+        self, output: StudentOutput, views: AliceViews, target: TeacherOutput, step: int
+    ) -> dict[str, Tensor]:
+        """Every term, and their weighted sum."""
+        return self.loss(output, views.crop, views.hidden, step)
+
+    def vectors(self, output: StudentOutput, target: TeacherOutput, batch: dict[str, Any]) -> Vectors:
+        """GAP(H) after the predictor, and GAP(Y)."""
+        owners = [*batch["patient_q"], *batch["patient_k"]]
+        return Vectors(output.student_pooled.detach(), output.teacher_pooled, owners)
+
+    def timed(self) -> dict[str, list[nn.Module]]:
+        """The online encoder, the decoder and the heads."""
+        return self.student.timed()
+
+    def summary(self) -> dict[str, Any]:
+        """Settings of student, loss and view."""
+        view = getattr(self.view, "settings", None)
+        return {"student": self.student.settings, "loss": self.loss.settings, "view": view}

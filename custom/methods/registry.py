@@ -1,0 +1,34 @@
+"""Methods by name, and how the student of a checkpoint is built again. A new method adds its line here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import nn
+
+from custom.errors import AliceError
+
+# name in a run's summary -> module that holds ``build_student(network, settings)``
+METHODS = {
+    "alice": "custom.methods.alice.method",
+    "mae": "custom.methods.mae",
+}
+
+
+def build_student(name: str, network: nn.Module, settings: dict[str, Any]) -> nn.Module:
+    """The student of a method around an encoder's network.
+
+    Args:
+        name: of the method.
+        network: the encoder, as ``build_encoder`` makes it.
+        settings: the student's own, as its ``settings`` attribute gave them.
+
+    Raises:
+        AliceError: naming the methods there are.
+    """
+    if name not in METHODS:
+        raise AliceError(f"Method {name!r} is unknown here; there are {', '.join(METHODS)}.")
+    module = importlib.import_module(METHODS[name])
+    student: nn.Module = module.build_student(network, dict(settings))
+    return student
