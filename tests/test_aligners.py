@@ -10,9 +10,9 @@ import pytest
 import torch
 from test_matching import waves
 
-from custom.cli import main as cli
+from custom.cli import landmarks as cli
 from custom.data.store.volume_store import VolumeStore
-from custom.engine.loader import pair_loader
+from custom.engine.loader import sample_loader
 from custom.landmarks.aligners.affine import register_affine
 from custom.landmarks.aligners.make import make_aligner
 from custom.landmarks.aligners.match import Aligner
@@ -24,7 +24,7 @@ from custom.landmarks.matching.pair_map import fit_pair_map
 from custom.landmarks.sam.network import SAM, SAMMaps
 from custom.landmarks.sam.scan_grid import CENTRES_ZYX, STRIDES_ZYX
 from custom.landmarks.sam.weights import save_sam
-from custom.methods.pairs import PairDataset
+from custom.methods.pairs import AlignedPair
 from custom.space import to_world
 
 WEIGHTS = "a" * 64
@@ -82,12 +82,12 @@ def test_maps_are_corrected_unless_they_are_refused(store, embeddings, monkeypat
     assert len(strict.pair_map("case0", "case1").anchors_mm) == len(first.anchors_mm)
     rng, points = np.random.default_rng(0), [body_point(store, "case0", i) for i in range(100, 2000, 200)]
     corrected = [aligner.align("case0", p, "case1", rng).point_mm for p in points]
-    monkeypatch.setattr("custom.landmarks.aligners.make.refine_pair_map", lambda pair, *_, **__: pair)
+    monkeypatch.setattr("custom.landmarks.aligners.sam.refine_pair_map", lambda pair, *_, **__: pair)
     assert not np.allclose(corrected, [aligner.align("case0", p, "case1", rng).point_mm for p in points])
 
 
 def test_no_map_is_fitted_for_a_point_off_the_body(store, embeddings, monkeypatch):
-    monkeypatch.setattr("custom.landmarks.aligners.make.fit_pair_map", None)
+    monkeypatch.setattr("custom.landmarks.aligners.sam.fit_pair_map", None)
     for point in (np.full(3, np.nan), np.full(3, 1e4)):
         match = SamAligner(store, embeddings).align("case0", point, "case1", np.random.default_rng(0))
         assert match.score == -1
@@ -140,8 +140,8 @@ def test_aligners_by_name(store, embeddings):
 
 
 def test_workers_draw_the_same_pairs_as_the_main_process(store, embeddings):
-    data = PairDataset(store, SamAligner(store, embeddings, 0.0), (32, 32, 16), seed=3, max_redraws=20)
-    alone, shared = (list(pair_loader(data, 2, 3, workers=w)) for w in (0, 2))
+    data = AlignedPair(store, SamAligner(store, embeddings, 0.0), (32, 32, 16), seed=3, max_redraws=20)
+    alone, shared = (list(sample_loader(data, 2, 3, workers=w)) for w in (0, 2))
     for a, b in zip(alone, shared, strict=True):
         torch.testing.assert_close(a["point_k"], b["point_k"])
         torch.testing.assert_close(a["crop_k"], b["crop_k"])

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from custom.cli.main import COMMANDS
+from custom.cli.main import COMMANDS, command
 from custom.data.arguments import number, voxel_size, whole_number
 from custom.data.errors import ManifestError, StoreError
 from custom.data.intake.manifest import Manifest
@@ -50,9 +50,9 @@ def test_a_manifest_of_an_unknown_protocol_is_said_once():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_of_a_command_has_its_line_of_help(name):
-    command = COMMANDS[name]
-    said = inspect.getdoc(command) or ""
+    function = command(name)
+    said = inspect.getdoc(function) or ""
     lines = re.findall(r"(?m)^    ([\w, ]+):", said.partition("Args:\n")[2].split("\n\n")[0])
     told = {name for line in lines for name in line.split(", ")}
-    for option in inspect.signature(command).parameters:
+    for option in inspect.signature(function).parameters:
         assert option in told, f"alice {name} --{option}"

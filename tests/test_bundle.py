@@ -17,7 +17,7 @@ from conftest import REPO, write_scan
 from monai.bundle import ConfigParser
 from monai.networks.nets import UNETR, SwinUNETR
 
-from custom.bundles.preflight import check_keys
+from custom.bundles.preflight import check_files, check_keys
 from custom.encoders.nnformer import NNFormer
 from custom.engine.checkpoint import checkpoints_of, load_checkpoint
 from custom.engine.run_log import read_log
@@ -28,7 +28,7 @@ BUNDLE = REPO / "bundles" / "alice_pretrain"
 CONFIGS = BUNDLE / "configs"
 TINY = {
     "crop_size": "[32,32,16]", "spacing": "[3.0,3.0,4.0]", "network_def::hidden_size": 48, "network_def::mlp_dim": 96,
-    "network_def::num_heads": 4, "student_def::decoder_width": 48, "student_def::head_width": 64, "iterations": 6,
+    "network_def::num_heads": 4, "decoder_width": 48, "student_def::head_width": 64, "iterations": 6,
     "batch_size": 2, "warmup": 2, "held_back_patients": 2, "checkpoint_every": 2, "monitor_every": 3, "probe_every": 3,
 }  # fmt: skip
 
@@ -210,7 +210,7 @@ def test_two_processes_equal_one_over_the_same_global_batch(scans, finished, tmp
         ({"dataset_dirr": "x"}, "'dataset_dirr' is no setting of this config. Did you mean 'dataset_dir'?"),
         ({"dataset_dir": "/nowhere", "store_dir": "empty"}, "/nowhere: no such folder or datalist"),
         ({"crop_size": "[32,40,16]"}, "y = 40 is not a multiple of the patch (16): take 32 or 48"),
-        ({"similarity": "cosin"}, "similarity must be one of cosine, dino, infonce; got 'cosin'"),
+        ({"method::loss::similarity": "cosin"}, "similarity must be one of cosine, dino, infonce; got 'cosin'"),
         ({"hidden_ratio": 1.0}, "hidden_ratio must be in [0, 1), got 1.0"),
         ({"aligner": "guess"}, "aligner must be one of"),
     ],
@@ -225,19 +225,51 @@ def test_bad_settings_end_in_one_line(scans, finished, tmp_path, settings, messa
 
 def test_every_override_names_a_key_of_train_yaml():
     complete = ConfigParser.load_config_file(CONFIGS / "train.yaml")
-    for name in ("smoke.yaml", "multi_gpu.yaml", "swin.yaml", "nnformer.yaml", "official.yaml", "paper.yaml"):
+    for name in (
+        "smoke.yaml",
+        "multi_gpu.yaml",
+        "swin.yaml",
+        "nnformer.yaml",
+        "official.yaml",
+        "paper.yaml",
+        "mae.yaml",
+    ):
         check_keys(complete, ConfigParser.load_config_file(CONFIGS / name), name)
 
 
 def test_every_switch_of_the_method_can_be_reached_by_name():
     complete = ConfigParser.load_config_file(CONFIGS / "train.yaml")
     switches = {
-        "similarity", "predictor", "alignment", "casa_teacher", "pooled_from", "teacher_has_decoder", "reconstruction", "masking",
-        "hidden_ratio", "skip_empty", "weight_r", "weight_dv", "weight_st", "ema_momentum", "weight_decay", "final_weight_decay", "betas", "warmup",
-        "iterations", "learning_rate", "clip", "clip_each", "queue_length", "max_redraws", "aligner", "crop_size", "spacing", "window_hu",
-        "view_rotation", "view_flip", "view_scale", "view_shift", "view_noise", "view_zoom", "amp", "accumulate", "resume", "seed",
-    }  # fmt: skip
-    assert switches <= set(complete)
+        "": "hidden_ratio weight_decay warmup iterations learning_rate aligner crop_size spacing window_hu amp accumulate resume seed",
+        "student_def::": "predictor alignment casa_teacher pooled_from teacher_has_decoder prototypes",
+        "method::loss::": "similarity reconstruction skip_empty weight_r weight_dv weight_st similarity_start similarity_ramp",
+        "method::view::": "rotation flip scale shift noise zoom",
+        "masking::": "kind ratio",
+        "schedule::": "momentum final_weight_decay final_learning_rate",
+        "optimizer::": "betas",
+        "train::trainer::": "clip clip_each compile_encoders keep_checkpoints",
+        "train::dataset::": "queue_length max_redraws max_offset",
+        "train::dataset::aligner::": "threshold max_cycle_mm",
+    }
+    for place, names in switches.items():
+        check_keys(complete, {f"{place}{name}": 0 for name in names.split()}, "here")
+    with pytest.raises(
+        ValueError, match="'weight_dv' is no setting of this config. Did you mean 'method::loss::weight_dv'"
+    ):
+        check_keys(complete, {"weight_dv": 0}, "here")
+    with pytest.raises(ValueError, match="wieght_dv' is no setting of this config. Did you mean 'weight_dv'"):
+        check_keys(complete, {"method::loss::wieght_dv": 0}, "here")
+
+
+def test_settings_of_another_method_are_refused():
+    files = [str(CONFIGS / name) for name in ("train.yaml", "smoke.yaml", "mae.yaml")]
+    check_files(files, {"method::skip_empty": False, "learning_rate": 1e-3})
+    with pytest.raises(ValueError, match="'method::loss::weight_dv' is no setting"):
+        check_files(files, {"method::loss::weight_dv": 0.3})
+    with pytest.raises(
+        ValueError, match="'aligner' acts on nothing in this run; .*mae.yaml replaced what used it"
+    ):
+        check_files(files, {"aligner": "random"})
 
 
 def test_the_papers_settings_are_the_default():
@@ -400,6 +432,7 @@ def test_real_abdomen_chest_and_head_and_neck_pre_train_together(real_data, tmp_
         ("swin.yaml", {"network_def::embed_dim": 12, "crop_size": "[64,64,32]", "network_def::num_heads": "[1,2,2,2]"}),
         ("paper.yaml", {"network_def::hidden_size": 48, "network_def::mlp_dim": 96, "network_def::num_heads": 4}),
         ("nnformer.yaml", {"network_def::embed_dim": 6, "network_def::num_heads": "[1,1,2,2]", "accumulate": 2}),
+        ("mae.yaml", {"network_def::hidden_size": 48, "network_def::mlp_dim": 96, "network_def::num_heads": 4}),
         ("official.yaml", {"network_def::embed_dim": 6, "network_def::num_heads": "[1,1,2,2]", "student_def::prototypes": 16, "crop_size": "[64,64,64]"}),
     ],
 )  # fmt: skip
@@ -445,6 +478,9 @@ def test_every_network_pre_trains_exports_and_loads(scans, finished, tmp_path, c
         settings = read_weights(tmp_path / "e.safetensors")[1]["network"]
         if config == "paper.yaml":
             assert student.casa is not None and isinstance(student.predict_tokens, torch.nn.Identity)
+        if config in ("paper.yaml", "mae.yaml"):
+            stock = UNETR(1, 2, (32, 32, 32), feature_size=4, hidden_size=48, mlp_dim=96, num_heads=4)
+            load_encoder(stock, tmp_path / "e.safetensors", verbose=False)
             return
         load_encoder(NNFormer(**(settings | {"out_channels": 5})), tmp_path / "e.safetensors", verbose=False)
 

@@ -200,8 +200,8 @@ def test_weights_and_the_similarity_ramp_scale_the_total_only():
     crop, hidden = crop_and_mask()
     out = output()
     plain = AliceLoss(PATCH)(out, crop, hidden)
-    loss = AliceLoss(PATCH, weight_r=2.0, weight_dv=0.5, weight_st=0.0)
-    terms = loss(out, crop, hidden, similarity_scale=0.5)
+    loss = AliceLoss(PATCH, weight_r=2.0, weight_dv=0.5, weight_st=0.0, similarity_start=3, similarity_ramp=4)
+    terms = loss(out, crop, hidden, step=4)  # the second step of a ramp of four
     assert all(torch.equal(terms[k], plain[k]) for k in ("l_r", "l_dv", "l_st"))
     assert float(terms["total"]) == pytest.approx(
         2 * float(plain["l_r"]) + 0.25 * float(plain["l_dv"]), rel=1e-6

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from custom.data.grid.profiles import window
-from custom.engine.loader import RankedBatches, pair_loader
+from custom.engine.loader import RankedBatches, sample_loader
 from custom.landmarks.aligners.make import make_aligner
 from custom.landmarks.aligners.match import Match
 from custom.landmarks.aligners.simple import CoordinateAligner
-from custom.methods.pairs import PairDataset
+from custom.methods.pairs import AlignedPair
 from custom.methods.split import hold_back
 from custom.methods.views import MaskedBatch, Masking, TargetView
 from custom.space import to_voxels, to_world
@@ -33,7 +33,7 @@ class Unsure(Shifted):
 
 
 def dataset(store, aligner=None, **kwargs):
-    return PairDataset(store, aligner or CoordinateAligner(store), CROP, **kwargs)
+    return AlignedPair(store, aligner or CoordinateAligner(store), CROP, **kwargs)
 
 
 def test_a_pair_is_two_patients_at_the_matched_point_with_one_offset(store):
@@ -85,10 +85,10 @@ def test_pairs_are_a_function_of_their_number_and_the_seed(store):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_ranks_and_restarts_give_the_same_pairs(store, workers):
     pairs = dataset(store, seed=1)
-    whole = [b["seed"] for b in pair_loader(pairs, 4, 3)]
-    split = [[b["seed"] for b in pair_loader(pairs, 2, 3, workers, rank, 2)] for rank in (0, 1)]
+    whole = [b["seed"] for b in sample_loader(pairs, 4, 3)]
+    split = [[b["seed"] for b in sample_loader(pairs, 2, 3, workers, rank, 2)] for rank in (0, 1)]
     assert all(torch.equal(w, torch.cat([s0, s1])) for w, s0, s1 in zip(whole, *split, strict=True))
-    resumed = pair_loader(pairs, 4, 3, workers)
+    resumed = sample_loader(pairs, 4, 3, workers)
     resumed.batch_sampler.start = 2
     assert [b["seed"].tolist() for b in resumed] == [whole[2].tolist()]
     assert len(RankedBatches(4, 3, start=2)) == 1
@@ -111,7 +111,7 @@ def test_a_crop_that_would_leave_a_volume_is_redrawn_where_it_can_be(store):
 
 
 def test_a_volume_smaller_than_the_crop_is_padded_not_refused(store):
-    pairs = PairDataset(store, CoordinateAligner(store), (80, 64, 64), max_redraws=5)
+    pairs = AlignedPair(store, CoordinateAligner(store), (80, 64, 64), max_redraws=5)
     item = pairs[0]
     assert (
         item["crop_q"].shape == (1, 80, 64, 64) and (item["crop_q"] == 0).any() and (item["crop_q"] > 0).any()
@@ -121,7 +121,7 @@ def test_a_volume_smaller_than_the_crop_is_padded_not_refused(store):
 def test_a_queue_pairs_with_recent_queries(store):
     pairs = dataset(store, queue_length=1)
     followed = [pairs.place(i).scan_k == pairs.place(i - 1).scan_q for i in range(1, 30)
-                if store.patient(pairs._draw_query(i)) != store.patient(pairs._draw_query(i - 1))]  # fmt: skip
+                if store.patient(pairs._draw_scan(i)) != store.patient(pairs._draw_scan(i - 1))]  # fmt: skip
     assert all(followed) and followed
 
 
@@ -159,12 +159,12 @@ def test_patients_are_held_back_whole_and_two_stay(store):
         ({"crop_size": (0, 4, 4)}, "crop_size"),
         ({"window_hu": (250, -175)}, "window_hu must be two rising"),
         ({"max_offset": 2}, "max_offset"),
-        ({"names": ["case0"]}, "1 patient"),
+        ({"names": ["case0"]}, "scans of 1 patient"),
     ],
 )
 def test_settings_out_of_range_are_refused(store, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        PairDataset(**({"store": store, "aligner": CoordinateAligner(store), "crop_size": CROP} | kwargs))
+        AlignedPair(**({"store": store, "aligner": CoordinateAligner(store), "crop_size": CROP} | kwargs))
 
 
 # -- views -------------------------------------------------------------------------------------------------------
@@ -238,11 +238,11 @@ def test_masks_follow_the_sample_not_the_batch():
 def test_a_program_ends_though_workers_are_left_that_do_not_hear_its_signal(store):
     code = (
         "import sys, torch\n"
-        "from custom.methods.pairs import PairDataset, pair_loader\n"
+        "from custom.methods.pairs import AlignedPair\nfrom custom.engine.loader import sample_loader\n"
         "from custom.data.store.volume_store import VolumeStore\n"
         "from custom.landmarks.aligners.make import make_aligner\n"
         "store = VolumeStore(sys.argv[1])\n"
-        "loader = pair_loader(PairDataset(store, make_aligner('random', store), (16, 16, 16)), 1, 1000, workers=2)\n"
+        "loader = sample_loader(AlignedPair(store, make_aligner('random', store), (16, 16, 16)), 1, 1000, workers=2)\n"
         "sys.kept = iter(loader)\n"  # lives to the very end
         "next(sys.kept)\n"
         "print('drawn')\n"

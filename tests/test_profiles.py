@@ -8,7 +8,7 @@ from custom.data.intake.scan_folder import scan_folder
 from custom.data.store.build import build_store
 from custom.landmarks.aligners.simple import CoordinateAligner
 from custom.landmarks.training.view_pairs import ViewPairs
-from custom.methods.pairs import PairDataset
+from custom.methods.pairs import AlignedPair
 
 SPACING = (3.0, 3.0, 4.0)
 
@@ -74,7 +74,7 @@ def test_zscore_has_the_bodys_mean_and_deviation(folder, tmp_path):
 @pytest.mark.parametrize("profile, low, high", [("mr", 0, 10000), ("zscore", -3000, 3000)])
 def test_pairs_map_every_profile_to_0_to_1(folder, tmp_path, profile, low, high):
     store = build_store(folder, tmp_path, SPACING, progress=False, profile=profile)
-    pairs = PairDataset(store, CoordinateAligner(store), (16, 12, 8), window_hu=(-175, 250))
+    pairs = AlignedPair(store, CoordinateAligner(store), (16, 12, 8), window_hu=(-175, 250))
     item, place = pairs[1], pairs.place(1)
     stored = store.read_crop(place.scan_k, place.start_k, (16, 12, 8))
     expected = np.clip((stored.astype(np.float32) - low) / (high - low), 0, 1)

@@ -13,9 +13,9 @@ from custom.data.store.build import build_store
 from custom.data.store.chunked_array import ChunkedArray
 from custom.data.store.quarantine import QuarantineLog
 from custom.data.store.volume_store import VolumeStore, volume_path
-from custom.engine.loader import pair_loader
+from custom.engine.loader import sample_loader
 from custom.landmarks.aligners.simple import CoordinateAligner
-from custom.methods.pairs import PairDataset
+from custom.methods.pairs import AlignedPair
 
 CROP = (16, 12, 8)
 PAIRS = 24
@@ -49,7 +49,7 @@ def read_all(pairs):
 
 
 def dataset(store, allowed=1, **kwargs):
-    return PairDataset(store, CoordinateAligner(store), CROP, bad_scans_allowed=allowed, seed=2, **kwargs)
+    return AlignedPair(store, CoordinateAligner(store), CROP, bad_scans_allowed=allowed, seed=2, **kwargs)
 
 
 def test_a_read_of_a_damaged_chunk_names_the_file(damaged):
@@ -112,9 +112,9 @@ def test_a_scan_is_verified_once_in_a_run(store):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_and_restarts_draw_the_same_in_place_of_damage(damaged, workers):
     pairs = dataset(damaged)
-    batches = list(pair_loader(pairs, 4, PAIRS // 4, workers))
+    batches = list(sample_loader(pairs, 4, PAIRS // 4, workers))
     assert pairs.quarantine.names == ["case1"], "what workers meet is known to all"
-    late = pair_loader(dataset(damaged), 4, PAIRS // 4)
+    late = sample_loader(dataset(damaged), 4, PAIRS // 4)
     late.batch_sampler.start = 3
     for batch, again in zip(batches[3:], late, strict=True):
         assert torch.equal(batch["crop_q"], again["crop_q"]) and torch.equal(batch["crop_k"], again["crop_k"])
@@ -122,7 +122,7 @@ def test_workers_and_restarts_draw_the_same_in_place_of_damage(damaged, workers)
 
 
 def test_too_much_damage_is_said_in_a_worker_too(damaged):
-    loader = pair_loader(dataset(damaged, allowed=0), 4, PAIRS // 4, workers=1)
+    loader = sample_loader(dataset(damaged, allowed=0), 4, PAIRS // 4, workers=1)
     with pytest.raises(StoreError, match=r"1 damaged scan\(s\) \(case1\), 0 allowed"):
         list(loader)
 
@@ -136,7 +136,7 @@ def test_a_lost_body_mask_quarantines_too(damaged):
 
 def test_two_patients_must_be_left(damaged):
     names = ["case0", "case1"]
-    with pytest.raises(StoreError, match="fewer than two patients are left"):
+    with pytest.raises(StoreError, match="fewer than 2 patient"):
         read_all(dataset(damaged, names=names))
 
 

@@ -6,7 +6,7 @@ from custom.data.remote import RemoteFolder, is_url
 from custom.data.store.build import build_store, shared_store
 from custom.data.store.volume_store import StoreError, VolumeStore
 from custom.landmarks.aligners.simple import CoordinateAligner
-from custom.methods.pairs import PairDataset
+from custom.methods.pairs import AlignedPair
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_store_at_a_url_reads_as_the_folder_does_and_fetches_only_what_it_need
 
 def test_pairs_come_from_a_url(store, url, tmp_path):
     far = VolumeStore(url, cache=tmp_path)
-    here, there = (PairDataset(s, CoordinateAligner(s), (16, 12, 8))[3] for s in (store, far))
+    here, there = (AlignedPair(s, CoordinateAligner(s), (16, 12, 8))[3] for s in (store, far))
     assert np.array_equal(here["crop_k"], there["crop_k"]) and far.check() == {}
 
 

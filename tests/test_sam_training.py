@@ -16,22 +16,24 @@ import torch.nn.functional as F
 from conftest import REPO, write_scan
 from ignite.engine import Events
 from monai.bundle import ConfigParser
-from monai.handlers import CheckpointLoader, CheckpointSaver
+from monai.optimizers import WarmupCosineSchedule
 from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 
 from custom.bundles.preflight import check_keys
 from custom.data.phantom.cohort import find_canonical, make_phantom, write_cohort
 from custom.data.store.build import build_store
-from custom.engine.loader import pair_loader
+from custom.engine.checkpoint import latest_checkpoint
+from custom.engine.loader import sample_loader
+from custom.engine.trainer import PretrainTrainer, Schedule
 from custom.landmarks.embeddings.folder import EmbeddingFolder
 from custom.landmarks.sam.network import SAM, SAMMaps, unit_length
 from custom.landmarks.sam.scan_grid import hu_to_units
 from custom.landmarks.sam.weights import load_sam_weights, note_in_weights, read_sam_metadata, save_sam
 from custom.landmarks.training.look import CURVE_HU, Look, rotation_matrix, see
 from custom.landmarks.training.loss import Memory, SAMLoss, both_at, cells_of, hardest, info_nce
+from custom.landmarks.training.method import SamTraining, start_from
 from custom.landmarks.training.places import PhantomPlaces, phantom_places
-from custom.landmarks.training.run import SAMTrainer, newest_checkpoint, start_from
 from custom.landmarks.training.training_scans import training_names
 from custom.landmarks.training.view_cells import Cells, cell_indices, matched_cells
 from custom.landmarks.training.view_pairs import ViewPairs
@@ -346,20 +348,24 @@ def test_losses_refuse_settings_that_cannot_be(settings):
 # -- training ------------------------------------------------------------------------------------------------
 
 
-def tiny_trainer(store, steps=4, places=None, names=None, **settings):
+def tiny_trainer(store, run_dir, steps=4, freeze_norm_from=None, **settings):
     torch.manual_seed(0)
     network = SAM(4, 8)
-    pairs = ViewPairs(store, names, **SMALL, places=places)
+    method = SamTraining(
+        network, SAMLoss(ranked=300, negatives=50, memory=64, embedding_dim=8), freeze_norm_from
+    )
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
-    loss = SAMLoss(ranked=300, negatives=50, memory=64, embedding_dim=8)
-    return SAMTrainer("cpu", network, loss, optimizer, pair_loader(pairs, 2, steps), steps, **settings)
+    loader = sample_loader(ViewPairs(store, **SMALL), 2, steps)
+    return PretrainTrainer("cpu", method, optimizer, loader, Schedule(steps, 2e-3), run_dir, **settings)
 
 
-def test_a_gradient_reaches_every_weight(two_mm):
-    trainer = tiny_trainer(two_mm)
-    batch = default_collate([trainer.data_loader.dataset[i] for i in range(2)])
-    trainer.loss(trainer.network(batch["crop"].flatten(0, 1)), batch)["total"].backward()
-    for name, weight in trainer.network.named_parameters():
+def test_a_gradient_reaches_every_weight(two_mm, tmp_path):
+    trainer = tiny_trainer(two_mm, tmp_path)
+    batch = default_collate([trainer.draws[i] for i in range(2)])
+    _, terms = trainer.forward(batch, 0)
+    assert set(terms) == {"total", *SamTraining.terms, *SamTraining.meters}
+    terms["total"].backward()
+    for name, weight in trainer.online.named_parameters():
         assert weight.grad is not None and weight.grad.abs().sum() > 0, name
 
 
@@ -380,11 +386,11 @@ def test_training_on_one_pair_brings_its_cells_together(two_mm):
     assert history[-1]["error_mm"] < 0.6 * history[0]["error_mm"]
 
 
-def test_batch_norm_keeps_its_statistics_from_the_step_asked_for(two_mm):
-    trainer = tiny_trainer(two_mm, steps=3, freeze_norm_from=2)
+def test_batch_norm_keeps_its_statistics_from_the_step_asked_for(two_mm, tmp_path):
+    trainer = tiny_trainer(two_mm, tmp_path, steps=3, freeze_norm_from=2)
     seen = []
     trainer.add_event_handler(
-        Events.ITERATION_COMPLETED, lambda e: seen.append(e.network.stem.norm.running_mean.clone())
+        Events.ITERATION_COMPLETED, lambda e: seen.append(e.online.stem.norm.running_mean.clone())
     )
     trainer.run()
     assert len(seen) == 3 and not torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
@@ -392,34 +398,29 @@ def test_batch_norm_keeps_its_statistics_from_the_step_asked_for(two_mm):
 
 
 def test_a_run_goes_on_from_a_checkpoint_to_the_bit(two_mm, tmp_path):
-    def parts(trainer):
-        return {
-            "network": trainer.network,
-            "loss": trainer.loss,
-            "optimizer": trainer.optimizer,
-            "trainer": trainer,
-        }
-
-    whole = tiny_trainer(two_mm, steps=4)
-    CheckpointSaver(str(tmp_path), parts(whole), epoch_level=False, save_interval=2).attach(whole)
+    whole = tiny_trainer(two_mm, tmp_path, checkpoint_every=2, keep_checkpoints=9)
     whole.run()
-    resumed = tiny_trainer(two_mm, steps=4)
+    (tmp_path / "checkpoints" / "iteration_00000004.pt").unlink()
+    resumed = tiny_trainer(two_mm, tmp_path)
     with torch.no_grad():
-        for weight in resumed.network.parameters():
+        for weight in resumed.online.parameters():
             weight.add_(1.0)  # so that what is equal at the end came from the file
-    path = str(next(tmp_path.glob("*iteration=2.pt")))
-    CheckpointLoader(path, parts(resumed))(resumed)  # as the YAML does
     resumed.run()
     assert resumed.state.iteration == 4
-    for part in ("network", "loss"):
+    for part in ("online", "loss"):
         one, other = (getattr(t, part).state_dict() for t in (whole, resumed))
         for name, value in one.items():
             assert torch.equal(value, other[name]), (part, name)
 
 
-def test_a_run_needs_steps(two_mm):
-    with pytest.raises(ValueError, match="iterations must be at least 1"):
-        tiny_trainer(two_mm, steps=0)
+def test_a_warm_up_from_zero_is_monais():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=3e-4)
+    theirs, ours = WarmupCosineSchedule(optimizer, 5, 12), Schedule(12, 3e-4, 5, from_zero=True)
+    for step in range(12):
+        assert ours.rate(step) == optimizer.param_groups[0]["lr"], step
+        optimizer.step()
+        theirs.step()
 
 
 # -- weights -------------------------------------------------------------------------------------------------
@@ -548,7 +549,7 @@ def test_the_yaml_runs_saves_and_goes_on(two_mm, tmp_path):
         "embedding_dim": 8,
     }
     assert read_sam_metadata(tmp_path / "run" / "model.safetensors")["steps"] == 3
-    assert "iteration=3" in newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints").name == "iteration_00000003.pt"
     done = bundle_run(tmp_path, "train.yaml", "smoke.yaml", iterations=5, **tiny)
     assert done.returncode == 0, done.stderr[-3000:]
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -597,12 +598,12 @@ def test_a_run_asked_to_leave_keeps_its_step_and_no_finished_weights_and_refuses
     assert running.returncode == 0, said[-3000:]
     left_at = max(json.loads(line)["step"] for line in log.read_text().splitlines())
     assert f"Left at step {left_at} of 100000; the same command goes on." in said
-    assert newest_checkpoint(checkpoints).endswith(f"iteration={left_at}.pt")
+    assert latest_checkpoint(checkpoints).name == f"iteration_{left_at:08d}.pt"
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
     other = bundle_run(tmp_path, "train.yaml", "smoke.yaml", iterations=left_at + 1, **tiny, temperature=0.2)
     assert other.returncode != 0
-    assert "output_dir holds a run with other settings: temperature was 0.1, now 0.2." in other.stderr
+    assert "loss::temperature was 0.1, now 0.2. Set it back, or choose another output_dir" in other.stderr
     done = bundle_run(tmp_path, "train.yaml", "smoke.yaml", iterations=left_at + 1, **tiny)
     assert done.returncode == 0, done.stderr[-3000:]
     assert read_sam_metadata(tmp_path / "run" / "model.safetensors")["steps"] == left_at + 1
@@ -630,13 +631,6 @@ def test_the_bundle_has_the_zoos_files():
         assert (BUNDLE / name).is_file(), name
     metadata = json.loads((CONFIGS / "metadata.json").read_text())
     assert metadata["version"] in metadata["changelog"]
-
-
-def test_no_checkpoint_in_an_empty_folder(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
-    for step in (90, 100):
-        (tmp_path / f"checkpoint_iteration={step}.pt").touch()
-    assert newest_checkpoint(tmp_path).endswith("=100.pt")
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,16 @@ from custom.engine.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from custom.engine.loader import pair_loader
+from custom.engine.loader import sample_loader
 from custom.engine.monitors import Monitors, ProbeHandler, effective_rank, embedding_std, mean_cosine
 from custom.engine.run_log import LeaveOnSignal, RunLog, read_log
 from custom.engine.schedules import cosine_ramp, decay_groups, linear_ramp, scaled_rate, warmup_cosine
-from custom.engine.trainer import AliceTrainer, NonFiniteLoss, Schedule
+from custom.engine.trainer import NonFiniteLoss, PretrainTrainer, Schedule
 from custom.landmarks.aligners.simple import CoordinateAligner
 from custom.methods.alice.branch import StudentBranch
 from custom.methods.alice.losses import AliceLoss
-from custom.methods.pairs import PairDataset
+from custom.methods.alice.method import Alice
+from custom.methods.pairs import AlignedPair
 from custom.methods.views import MaskedBatch, Masking, TargetView
 
 
@@ -42,22 +43,20 @@ def make_trainer(
         token_encoder(network), decoder_width=48, decoder_depth=1, decoder_heads=4, head_width=64, bottleneck=32,
         prototypes=32 if similarity == "dino" else None, casa_teacher="ema",
     )  # fmt: skip
-    pairs = PairDataset(store, CoordinateAligner(store), (32, 48, 16), seed=seed)
-    return AliceTrainer(
+    pairs = AlignedPair(store, CoordinateAligner(store), (32, 48, 16), seed=seed)
+    loss = AliceLoss((16, 16, 16), similarity, width=student.head.out_width)
+    return PretrainTrainer(
         device="cpu",
-        student=student,
-        teacher=student.make_teacher(),
-        loss=AliceLoss((16, 16, 16), similarity, width=student.head.out_width),
+        method=Alice(student, loss, TargetView(store.spacing)),
         optimizer=torch.optim.AdamW(decay_groups(student, 0.05), lr=1.0, betas=(0.9, 0.95)),
-        loader=pair_loader(
+        loader=sample_loader(
             pairs,
             batch,
             steps,
             kwargs.pop("workers", 0),
-            collate=MaskedBatch(Masking(0.5), (2, 3, 1), parts=kwargs.get("accumulate", 1)),
+            collate=MaskedBatch(Masking(0.5), (2, 3, 1), pairs.crop_keys, parts=kwargs.get("accumulate", 1)),
         ),
         schedule=kwargs.pop("schedule", Schedule(steps, 1e-3, warmup=min(2, steps), momentum=0.9)),
-        view=TargetView(store.spacing),
         run_dir=run_dir,
         seed=seed,
         train_handlers=[*handlers, RunLog(run_dir)],
@@ -80,7 +79,8 @@ def test_schedules_by_hand():
     assert cosine_ramp(4, 8, 0.996, 1.0) == pytest.approx(0.998)
     assert cosine_ramp(2, 8, 0.0, 1.0) == pytest.approx(0.5 * (1 - math.cos(math.pi / 4)))
     assert [linear_ramp(s, 2, 4) for s in range(8)] == [0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
-    assert scaled_rate(5e-5, 8) == pytest.approx(6.25e-6)
+    loader = sample_loader(range(9), 4, 2, rank=0, world_size=2)  # 8 samples of one crop
+    assert scaled_rate(5e-5, loader) == pytest.approx(5e-5 * 8 / 128)
 
 
 def test_matrices_decay_and_the_rest_does_not():
@@ -146,7 +146,7 @@ def test_every_loss_is_lower_after_training_on_one_batch(store, tmp_path):
     batch = next(iter(trainer.data_loader))
     assert batch["hidden_q"].shape == (2, 2, 3, 1)
     trainer.data_loader.dataset.__class__ = type(
-        "Same", (PairDataset,), {"__getitem__": lambda self, i: super(type(self), self).__getitem__(i % 2)}
+        "Same", (AlignedPair,), {"__getitem__": lambda self, i: super(type(self), self).__getitem__(i % 2)}
     )
     trainer.run()
     first, last = read_log(tmp_path)[0], read_log(tmp_path)[-1]
@@ -215,7 +215,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(store, tm
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_trainer import LeaveOnSignal, StopAt, make_trainer
-from custom.data.store import VolumeStore
+from custom.data.store.volume_store import VolumeStore
 trainer = make_trainer(VolumeStore({str(store.path)!r}), {str(tmp_path)!r}, workers=1, steps=30,
     handlers=[LeaveOnSignal(), StopAt(3, lambda e: os.killpg(os.getpgid(0), signal.SIGINT))])
 trainer.run()
@@ -238,7 +238,7 @@ def test_other_settings_or_scans_do_not_go_on_as_the_same_run(store, tmp_path):
 
 def test_checkpoints_of_other_runs_are_refused(store, tmp_path):
     make_trainer(store, tmp_path, steps=2).run()
-    with pytest.raises(CheckpointError, match="trained with 2 pairs a step, now 4"):
+    with pytest.raises(CheckpointError, match="trained with 2 samples a step, now 4"):
         make_trainer(store, tmp_path, steps=4, batch=4).run()
     with pytest.raises(CheckpointError, match="made with other settings"):
         make_trainer(store, tmp_path, steps=4, width=96).run()
@@ -254,7 +254,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         load_checkpoint(tmp_path / "iteration_00000009.pt")
     torch.save({"a": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match="no checkpoint of a pre-training run"):
+    with pytest.raises(CheckpointError, match="no checkpoint that this version can go on with"):
         load_checkpoint(path)
 
 

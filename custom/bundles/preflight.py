@@ -128,7 +128,7 @@ def check_keys(complete: dict[str, Any], overrides: dict[str, Any], origin: str)
                 _check_argument(key, part, node["_target_"], origin)
                 break
             else:
-                elsewhere = _places_of(complete, parts[-1]) if depth == 0 else []
+                elsewhere = _places_of(complete, part) if len(parts) == 1 else []
                 raise ConfigKeyError(_unknown(key, part, node, origin, elsewhere))
 
 

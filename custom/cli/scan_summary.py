@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from custom.data.intake.manifest import Manifest
-from custom.data.store.needs import MARGIN_MM, SPACING, needs_of
-from custom.processes import default_workers
+from custom.data.intake.scan_folder import cost_of_build
 
 
 def summary(manifest: Manifest) -> str:
@@ -28,12 +27,3 @@ def summary(manifest: Manifest) -> str:
         if refused:
             lines.append(f"{'':>8}{', '.join(refused[:3])}{', ...' if refused[3:] else ''}")
     return "\n".join(lines)
-
-
-def cost_of_build(manifest: Manifest, workers: int | None = None) -> str:
-    """What ``alice build`` with its defaults will take, in a sentence."""
-    workers = default_workers() if workers is None else workers
-    settings = {"spacing": list(SPACING), "crop_margin_mm": MARGIN_MM}
-    needs = needs_of(manifest.scans(fetch=False), manifest.folder, settings, workers)
-    voxel = " x ".join(f"{size:g}" for size in SPACING)
-    return f"alice build at {voxel} mm: {needs.of_a_build()} with {workers} processes"

@@ -10,11 +10,10 @@ import nibabel as nib
 import numpy as np
 from matplotlib.figure import Figure
 
-from custom.cli.scan_summary import cost_of_build
 from custom.data.errors import ScanError
 from custom.data.formats.reasons import REJECTED
 from custom.data.intake.records import HISTOGRAM_HU, ScanRecord
-from custom.data.intake.scan_folder import Manifest
+from custom.data.intake.scan_folder import Manifest, cost_of_build
 from custom.report import COLOUR_A, COLOUR_B, Page
 
 _WINDOW_HU = (-160.0, 240.0)  # soft tissue

@@ -73,8 +73,7 @@ class Draws(Dataset):
         self.patients = sorted(self.scans_of)
         if len(self.patients) < self.least_patients:
             raise AliceError(
-                f"{type(self).__name__} needs scans of {self.least_patients} patient(s); {store.path} offers "
-                f"{len(self.patients)}."
+                f"{store.path} offers scans of {len(self.patients)} patient(s); this draw needs {self.least_patients}."
             )
         used = [name for scans in self.scans_of.values() for name in scans]
         self.quarantine = Quarantine(used, bad_scans_allowed)

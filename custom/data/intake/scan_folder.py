@@ -22,6 +22,8 @@ from custom.data.intake.repeats import mark_duplicates, mark_leaks, mark_spread
 from custom.data.intake.walk import walk
 from custom.data.intake.work import examine, known_records, partial_of, shown
 from custom.data.remote import is_url
+from custom.data.store.needs import MARGIN_MM, SPACING, needs_of
+from custom.processes import default_workers
 
 
 def exit_code(manifest: Manifest) -> int:
@@ -144,3 +146,12 @@ def _kept_salt(output: Path | None) -> str:
             f"{path}: cannot be read or written ({error}). Give a salt, or another output."
         ) from error
     return salt
+
+
+def cost_of_build(manifest: Manifest, workers: int | None = None) -> str:
+    """What ``alice build`` with its defaults will take, in a sentence."""
+    workers = default_workers() if workers is None else workers
+    settings = {"spacing": list(SPACING), "crop_margin_mm": MARGIN_MM}
+    needs = needs_of(manifest.scans(fetch=False), manifest.folder, settings, workers)
+    voxel = " x ".join(f"{size:g}" for size in SPACING)
+    return f"alice build at {voxel} mm: {needs.of_a_build()} with {workers} processes"
