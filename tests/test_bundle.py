@@ -279,7 +279,7 @@ def test_the_papers_settings_are_the_default():
         "batch_size": 8,
         "learning_rate": 5e-5,
         "iterations": 100_000,
-        "betas": [0.9, 0.95],
+        "optimizer::betas": [0.9, 0.95],
         "hidden_ratio": 0.75,
     }
     assert {k: parser[k] for k in paper} == paper

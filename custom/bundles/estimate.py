@@ -231,7 +231,13 @@ def _steps(
         whole.get_parsed_content(k) for k in ("iterations", "workers", "batch_size")
     )
     with tempfile.TemporaryDirectory() as folder:
-        trial = {"preflight": None, "output_dir": folder, "iterations": STEPS + 2, "warmup": 0, "workers": 0}
+        trial: dict[str, Any] = {
+            "preflight": None,
+            "output_dir": folder,
+            "iterations": STEPS + 2,
+            "warmup": 0,
+            "workers": 0,
+        }
         trial |= {"checkpoint_every": 0, "resume": False, "probe": None, "summary": {}, "train::handlers": []}
         if opened is not None:
             trial["store"] = {

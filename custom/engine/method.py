@@ -7,6 +7,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from custom.encoders.tokens import TokenEncoder
+
+
+class Student(nn.Module):
+    """A network that is trained around an encoder, which is what remains of it.
+
+    Attributes:
+        encoder: gives tokens of a crop.
+        settings: the arguments but the encoder, as plain values, so that a checkpoint can be built again.
+    """
+
+    encoder: TokenEncoder
+    settings: dict[str, Any]
+
 
 class Vectors(NamedTuple):
     """One pooled vector per crop of a step, for the meters."""
@@ -27,7 +41,7 @@ class Method:
         name: of the method, as ``custom.methods.registry`` and every checkpoint call it.
         terms: names of the loss terms in the log's order, without ``total``.
         meters: further numbers that ``losses`` returns; they are logged, and may be NaN where there is nothing to measure.
-        student: the network that is trained. Its ``encoder`` is a ``TokenEncoder``.
+        student: the network that is trained; a :class:`Student`, where it is an encoder that is pre-trained.
         teacher: it follows the student by EMA and holds modules of the same names. None for a method without one.
         loss: a module whose buffers belong in a checkpoint (centres, memories). It is not trained.
         exported: which network's encoder ``alice export`` takes, ``student`` or ``teacher``.

@@ -443,7 +443,11 @@ class PretrainTrainer(Trainer):
 
     def _summary(self, given: dict[str, Any]) -> dict[str, Any]:
         """Everything that says what is trained, as plain values."""
-        own = {"method": self.method.name, "terms": list(self.method.terms), "exported": self.method.exported}
+        own: dict[str, Any] = {
+            "method": self.method.name,
+            "terms": list(self.method.terms),
+            "exported": self.method.exported,
+        }
         own |= self.method.summary()
         if hasattr(self.draws, "summary"):
             own["draws"] = self.draws.summary()

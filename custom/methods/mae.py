@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from custom.encoders.tokens import TokenEncoder, token_encoder
-from custom.engine.method import Method
+from custom.engine.method import Method, Student
 from custom.methods.decoder import Decoder
 from custom.methods.terms import masked_reconstruction
 
@@ -22,7 +22,7 @@ class MaskedViews(NamedTuple):
     plan: Any  # what the encoder's planner made of it, or None
 
 
-class MaeStudent(nn.Module):
+class MaeStudent(Student):
     """Encoder of visible tokens, and a light decoder of all.
 
     Args:

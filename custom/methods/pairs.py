@@ -88,9 +88,8 @@ class AlignedPair(Draws):
 
     def count(self, batch: Mapping[str, Any]) -> dict[str, float]:
         """Pairs seen, and how they came about."""
-        return {"seen": len(batch["score"])} | {
-            name: int(batch[name].sum()) for name in ("fallback", "redraws", "rejected")
-        }
+        counted = {name: int(batch[name].sum()) for name in ("fallback", "redraws", "rejected")}
+        return {"seen": len(batch["score"]), **counted}
 
     def rates(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Shares of the pairs so far."""

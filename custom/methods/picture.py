@@ -9,14 +9,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from custom.encoders.masking import hidden_voxels
 from custom.encoders.patches import patchify, unpatchify
 
 
 @torch.no_grad()
-def reconstruction(student: nn.Module, crop: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def reconstruction(student: Any, crop: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """What the student sees of a crop, and how it fills in the rest.
 
     Args:
@@ -38,7 +38,7 @@ def reconstruction(student: nn.Module, crop: Tensor, hidden: Tensor) -> tuple[Te
 
 
 @torch.no_grad()
-def token_similarity(student: nn.Module, crop_q: Tensor, crop_k: Tensor, voxel: Sequence[int]) -> Tensor:
+def token_similarity(student: Any, crop_q: Tensor, crop_k: Tensor, voxel: Sequence[int]) -> Tensor:
     """Cosine of Q's token at a voxel with every token of K, centred over both crops: (X, Y, Z), upsampled."""
     encoder = student.encoder
     encoded = encoder(torch.cat([crop_q, crop_k]))
@@ -50,7 +50,7 @@ def token_similarity(student: nn.Module, crop_q: Tensor, crop_k: Tensor, voxel: 
 
 
 def run_picture(
-    student: nn.Module,
+    student: Any,
     log: list[dict[str, Any]],
     terms: Sequence[str],
     crop_q: Tensor,

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from custom.engine.method import Student
 from custom.errors import AliceError
 
 # name in a run's summary -> module that holds ``build_student(network, settings)``
@@ -16,7 +17,7 @@ METHODS = {
 }
 
 
-def build_student(name: str, network: nn.Module, settings: dict[str, Any]) -> nn.Module:
+def build_student(name: str, network: nn.Module, settings: dict[str, Any]) -> Student:
     """The student of a method around an encoder's network.
 
     Args:
@@ -30,5 +31,5 @@ def build_student(name: str, network: nn.Module, settings: dict[str, Any]) -> nn
     if name not in METHODS:
         raise AliceError(f"Method {name!r} is unknown here; there are {', '.join(METHODS)}.")
     module = importlib.import_module(METHODS[name])
-    student: nn.Module = module.build_student(network, dict(settings))
+    student: Student = module.build_student(network, dict(settings))
     return student

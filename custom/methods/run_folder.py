@@ -11,6 +11,7 @@ from torch import nn
 
 from custom.data.store.volume_store import VolumeStore
 from custom.engine.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from custom.engine.method import Student
 from custom.methods.registry import build_student
 from custom.methods.split import digest_of_names
 from custom.transfer.encoder_weights import build_encoder
@@ -22,7 +23,7 @@ class Run(NamedTuple):
     folder: Path
     iteration: int
     summary: dict[str, Any]
-    student: nn.Module  # in evaluation mode, on the CPU; its ``encoder`` is the one to export
+    student: Student  # in evaluation mode, on the CPU; its ``encoder`` is the one to export
 
 
 def describe(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from custom.encoders.masking import gather_visible, visible_index
 from custom.encoders.tokens import TokenEncoder
+from custom.engine.method import Student
 from custom.errors import AliceError
 from custom.methods.alice.casa import CASA, OfficialCASA
 from custom.methods.decoder import Decoder
@@ -58,7 +59,7 @@ class TeacherBranch(nn.Module):
         return TeacherOutput(tokens, tokens.mean(dim=1))
 
 
-class StudentBranch(nn.Module):
+class StudentBranch(Student):
     """Online encoder, decoder, head phi, predictors and CASA.
 
     Args:

@@ -17,6 +17,7 @@ from custom.encoders.masking import hidden_voxels
 from custom.encoders.nnformer import NNFormer
 from custom.encoders.patches import patchify
 from custom.encoders.tokens import NNFormerTokens, Tokens
+from custom.engine.method import Student
 from custom.methods.alice.branch import StudentOutput, TeacherOutput
 from custom.methods.alice.casa import OfficialCASA
 from custom.methods.heads import ProjectionHead
@@ -39,7 +40,7 @@ class OfficialTeacher(nn.Module):
         return TeacherOutput(tokens, pooled)
 
 
-class OfficialStudent(nn.Module):
+class OfficialStudent(Student):
     """Online nnFormer with the authors' head, CASA and image reconstruction.
 
     Args:
