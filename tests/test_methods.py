@@ -43,10 +43,10 @@ def mae():
     return Mae(MaeStudent(encoder(), **DECODER))
 
 
-def trainer(method, store, folder, steps=4, handlers=(), **kwargs):
-    if isinstance(method, Alice):
+def trainer(method, store, folder, steps=4, handlers=(), draws=None, batch=2, rate=1e-3, **kwargs):
+    if draws is None and isinstance(method, Alice):
         draws = AlignedPair(store, CoordinateAligner(store), CROP)
-    else:
+    elif draws is None:
         draws = OneCrop(store, CROP)
     network = method.student.encoder.encoder
     about = {"network": {**network.settings, "img_size": list(CROP)}, "network_type": type(network).__name__}
@@ -54,8 +54,8 @@ def trainer(method, store, folder, steps=4, handlers=(), **kwargs):
         device="cpu",
         method=method,
         optimizer=torch.optim.AdamW(decay_groups(method.student, 0.05), lr=1.0),
-        loader=sample_loader(draws, 2, steps, collate=MaskedBatch(Masking(0.5), GRID, draws.crop_keys)),
-        schedule=Schedule(steps, 1e-3, momentum=0.9),
+        loader=sample_loader(draws, batch, steps, collate=MaskedBatch(Masking(0.5), GRID, draws.crop_keys)),
+        schedule=Schedule(steps, rate, momentum=0.9),
         run_dir=folder,
         summary=about,
         train_handlers=handlers,

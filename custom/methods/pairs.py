@@ -101,7 +101,10 @@ class AlignedPair(Draws):
         }
 
     def _item(self, index: int, without: tuple[str, ...]) -> dict[str, Any]:
-        place = self.place(index, without)
+        return self._pair(index, self.place(index, without), without)
+
+    def _pair(self, index: int, place: Placement, without: tuple[str, ...]) -> dict[str, Any]:
+        """Both crops and their bookkeeping."""
         for name in (place.scan_q, place.scan_k):
             self.quarantine.examine(name, self.store.verify)
         return {
@@ -132,16 +135,18 @@ class AlignedPair(Draws):
             if match.score < self.aligner.threshold:
                 rejected += 1
                 continue
-            candidate = self._cut(query, key, point_q, match.point_mm, offset, match.score, redraws, False)
-            padding = self._needless_padding(candidate)
-            if best is None or padding < best[0]:
-                best = padding, candidate
-            if padding == 0:
+            candidate = self._cut(
+                query, key, point_q, match.point_mm, offset, match.score, redraws, False, rng
+            )
+            fault = self._fault(candidate)
+            if best is None or fault < best[0]:
+                best = fault, candidate
+            if fault == 0:
                 break
         if best is not None:
             return best[1]._replace(redraws=redraws, rejected=rejected)
         point_q, offset = self._draw_point(query, rng)  # an intra-volume pair, and counted
-        itself = self._cut(query, query, point_q, point_q, offset, 1.0, self.max_redraws, True)
+        itself = self._cut(query, query, point_q, point_q, offset, 1.0, self.max_redraws, True, rng)
         return itself._replace(rejected=rejected)
 
     def _draw_key(
@@ -187,6 +192,7 @@ class AlignedPair(Draws):
         score: float,
         redraws: int,
         fallback: bool,
+        rng: np.random.Generator,
     ) -> Placement:
         starts = [
             np.rint(to_voxels(self.store.affine(name), point)).astype(int) + offset - self.crop_size // 2
@@ -196,8 +202,8 @@ class AlignedPair(Draws):
             query, key, point_q, point_k, starts[0], starts[1], float(score), redraws, 0, fallback
         )
 
-    def _needless_padding(self, place: Placement) -> int:
-        """Voxels by which the crops leave their volumes, beyond what a small volume makes unavoidable."""
+    def _fault(self, place: Placement) -> int:
+        """Why to draw again, 0 for a good pair: voxels by which the crops leave their volumes, beyond what a small volume makes unavoidable."""
         total = 0
         for name, start in ((place.scan_q, place.start_q), (place.scan_k, place.start_k)):
             shape = np.array(self.store.shape(name))

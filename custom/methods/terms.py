@@ -10,6 +10,11 @@ from torch import Tensor
 from custom.encoders.masking import refine_mask
 from custom.encoders.patches import empty_patches, normalise_patches, patchify
 
+RAW_MEAN, RAW_SPREAD = (
+    0.35,
+    0.3,
+)  # of body voxels in the window, about (ours): the scale of a decoder of raw patches
+
 
 def masked_mean(values: Tensor, weights: Tensor) -> Tensor:
     """Mean over samples of each sample's mean over the chosen tokens; a sample without any counts as 0."""
@@ -23,9 +28,15 @@ def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def masked_reconstruction(
-    pixels: Tensor, crop: Tensor, hidden: Tensor, patch: Sequence[int], *, skip_empty: bool = True
+    pixels: Tensor,
+    crop: Tensor,
+    hidden: Tensor,
+    patch: Sequence[int],
+    *,
+    skip_empty: bool = True,
+    normalise: bool = True,
 ) -> Tensor:
-    """Squared error of predicted hidden patches, each normalised (MAE; Alice, Eq. 1), in fp32.
+    """Squared error of predicted hidden patches (MAE; Alice, Eq. 1), in fp32.
 
     Args:
         pixels: (B, N, P) predicted patches.
@@ -33,6 +44,7 @@ def masked_reconstruction(
         hidden: bool over mask units (B, ux, uy, uz).
         patch: voxels per token along x, y, z.
         skip_empty: leave hidden patches of one flat value out (ours).
+        normalise: every patch to zero mean and unit variance (MAE); else all to one scale, so that brightness counts (ours).
 
     Returns:
         The mean over samples of each sample's mean over hidden patches.
@@ -43,5 +55,6 @@ def masked_reconstruction(
     chosen = refine_mask(hidden, factor).flatten(1).to(crop.device, non_blocking=True)
     if skip_empty:
         chosen = chosen & ~empty_patches(patches)
-    error = (pixels.float() - normalise_patches(patches)).square().mean(dim=-1)
+    wanted = normalise_patches(patches) if normalise else (patches - RAW_MEAN) / RAW_SPREAD
+    error = (pixels.float() - wanted).square().mean(dim=-1)
     return masked_mean(error, chosen)

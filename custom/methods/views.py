@@ -126,6 +126,24 @@ class TargetView:
             crop = crop + noise * (draws[:, 9] * self.noise).to(crop, non_blocking=True).view(-1, 1, 1, 1, 1)
         return crop.clamp(0.0, 1.0)
 
+    def seen_at(self, places_mm: Tensor, seeds: Tensor, shape: Sequence[int]) -> Tensor:
+        """Which place of the crop a view shows at a place of its own.
+
+        Args:
+            places_mm: (B, N, 3) mm from the view's corner.
+            seeds: (B,), as the view was made with.
+            shape: voxels of the crop along x, y, z.
+
+        Returns:
+            (B, N, 3) mm from the crop's corner; it may lie outside of the crop.
+        """
+        if not (self.rotation or self.zoom or self.flip.any()):
+            return places_mm
+        draws = torch.stack([torch.rand(12, generator=generator_of(seed, "view")) for seed in seeds.tolist()])
+        linear = self.matrices(draws[:, :7], shape)[:, :, :3].flip(1).flip(2)  # x, y, z; over [-1, 1]
+        half = torch.tensor([float(n) for n in shape]) * self.spacing / 2  # mm
+        return ((places_mm - half) / half) @ linear.transpose(1, 2) * half + half
+
     def matrices(self, draws: Tensor, shape: Sequence[int]) -> Tensor:
         """Uniform draws (B, 7) in [0, 1): 3 angles, zoom, 3 flips -> (B, 3, 4) for ``affine_grid``."""
         angles = (2 * draws[:, :3] - 1) * math.radians(self.rotation)

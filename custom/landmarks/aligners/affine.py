@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from custom.landmarks.aligners.match import Match
+from custom.landmarks.aligners.match import Map, Match
 from custom.space import to_world
 
 
@@ -37,7 +37,11 @@ class AffineAligner:
         self._open()
 
     def align(self, scan_q: str, point_mm: np.ndarray, scan_k: str, rng: np.random.Generator) -> Match:
-        return Match(to_world(self.transform(scan_q, scan_k), point_mm), 1.0)
+        return Match(self.map_of(scan_q, point_mm, scan_k)(point_mm), 1.0)
+
+    def map_of(self, scan_q: str, point_mm: np.ndarray, scan_k: str) -> Map:
+        """The map of all points of one scan to another; the same about every point."""
+        return functools.partial(to_world, self.transform(scan_q, scan_k))
 
     def _open(self) -> None:
         self.transform = functools.lru_cache(self.max_pairs)(self._register)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
+
+Map = Callable[[np.ndarray], np.ndarray]  # (..., 3) mm of one scan -> (..., 3) mm of another
 
 
 class ScanGeometry(Protocol):
@@ -30,4 +33,12 @@ class Aligner(Protocol):
 
     def align(self, scan_q: str, point_mm: np.ndarray, scan_k: str, rng: np.random.Generator) -> Match:
         """The point of ``scan_k`` that corresponds to ``point_mm`` of ``scan_q``."""
+        ...
+
+
+class MapAligner(Aligner, Protocol):
+    """An aligner that maps all points near an aligned one, not only that one."""
+
+    def map_of(self, scan_q: str, point_mm: np.ndarray, scan_k: str) -> Map | None:
+        """The map of points of ``scan_q`` near ``point_mm`` to ``scan_k``; None if there is only the point."""
         ...

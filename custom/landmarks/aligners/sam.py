@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from custom.errors import AliceError
-from custom.landmarks.aligners.match import Match
+from custom.landmarks.aligners.match import Map, Match
 from custom.landmarks.embeddings.embedding_map import query_cells
 from custom.landmarks.embeddings.folder import EmbeddingFolder
 from custom.landmarks.embeddings.stored import StoredEmbedding
@@ -80,7 +80,9 @@ class SamAligner:
 
     def __getstate__(self) -> dict[str, Any]:
         return {
-            k: v for k, v in self.__dict__.items() if k not in ("pair_map", "few_map", "support", "blocks")
+            k: v
+            for k, v in self.__dict__.items()
+            if k not in ("pair_map", "few_map", "map_near", "support", "blocks")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -119,11 +121,24 @@ class SamAligner:
             return self.match(scan_q, point_mm, scan_k)
         if not query_cells(np.reshape(point_mm, (1, 3)), self.embeddings[scan_q])[1][0]:
             return Matches(np.full((1, 3), np.nan), np.array([REFUSED]))  # before a map is fitted for it
-        query, key = self.embeddings[scan_q], self.embeddings[scan_k]
+        pair = self.map_near(scan_q, tuple(float(x) for x in point_mm), scan_k)
+        return self._match_by(pair, point_mm, self.embeddings[scan_q], self.embeddings[scan_k])
+
+    def map_of(self, scan_q: str, point_mm: np.ndarray, scan_k: str) -> Map | None:
+        """The scans' smooth map, corrected about a point: the one by which :meth:`align` finds it.
+
+        None without consensus, where points are found one by one.
+        """
+        if not self.consensus:
+            return None
+        return self.map_near(scan_q, tuple(float(x) for x in point_mm), scan_k)
+
+    def _correct(self, scan_q: str, point_mm: tuple[float, ...], scan_k: str) -> PairMap:
         pair = self.few_map(scan_q, scan_k)
-        if pair.support >= self.min_support:  # else it is refused
-            pair = refine_pair_map(pair, query, key, about_mm=point_mm)
-        return self._match_by(pair, point_mm, query, key)
+        if pair.support < self.min_support:
+            return pair  # to be refused
+        about = np.array(point_mm)
+        return refine_pair_map(pair, self.embeddings[scan_q], self.embeddings[scan_k], about_mm=about)
 
     def _match_by(
         self, pair: PairMap, points_mm: np.ndarray, query: StoredEmbedding, key: StoredEmbedding
@@ -135,6 +150,7 @@ class SamAligner:
     def _open(self) -> None:
         self.pair_map = functools.lru_cache(self.max_pairs)(self._fit)
         self.few_map = functools.lru_cache(self.max_pairs)(self._fit_few)
+        self.map_near = functools.lru_cache(4)(self._correct)  # a pair of crops asks twice
         self.support = functools.lru_cache(100 * self.max_pairs)(self._agree)
         self.blocks = functools.lru_cache(16)(lambda name: self.embeddings[name].blocks)
 

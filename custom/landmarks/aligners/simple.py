@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from custom.landmarks.aligners.match import Match, ScanGeometry
+from custom.landmarks.aligners.match import Map, Match, ScanGeometry
 from custom.space import to_voxels, to_world
 
 
@@ -21,9 +21,18 @@ class CoordinateAligner:
         self.scans = scans
 
     def align(self, scan_q: str, point_mm: np.ndarray, scan_k: str, rng: np.random.Generator) -> Match:
+        return Match(self.map_of(scan_q, point_mm, scan_k)(point_mm), 1.0)
+
+    def map_of(self, scan_q: str, point_mm: np.ndarray, scan_k: str) -> Map:
+        """The map of all points of one scan to another; the same about every point."""
         box_q, box_k = self.scans.body_box_mm(scan_q), self.scans.body_box_mm(scan_k)
-        relative = (to_voxels(self.scans.affine(scan_q), point_mm) - box_q[0]) / (box_q[1] - box_q[0])
-        return Match(to_world(self.scans.affine(scan_k), box_k[0] + relative * (box_k[1] - box_k[0])), 1.0)
+        affine_q, affine_k = self.scans.affine(scan_q), self.scans.affine(scan_k)
+
+        def there(points_mm: np.ndarray) -> np.ndarray:
+            relative = (to_voxels(affine_q, points_mm) - box_q[0]) / (box_q[1] - box_q[0])
+            return to_world(affine_k, box_k[0] + relative * (box_k[1] - box_k[0]))
+
+        return there
 
 
 class RandomAligner:

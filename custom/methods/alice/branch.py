@@ -36,6 +36,7 @@ class StudentOutput(NamedTuple):
     teacher_pooled: Tensor  # GAP(Y), (B, D)
     student_tokens: Tensor | None  # S, (B, N_visible, D); None without alignment
     teacher_tokens: Tensor | None  # T
+    projected: Tensor | None = None  # phi(V), (B, N_visible, D), where it is made
 
 
 class TeacherBranch(nn.Module):
@@ -73,6 +74,8 @@ class StudentBranch(Student):
         casa_teacher: ``shared`` (the paper: T by the very same weights) or ``ema`` (ours: T by an EMA copy).
         pooled_from: ``decoder`` (GAP of H; Alice, Eq. 2) or ``encoder`` (GAP of phi(V); the authors' code).
         teacher_has_decoder: let Y be the target *decoder's* tokens, as the authors' code does.
+        inter_volume: what l_dv compares between the two patients: ``pooled`` vectors (the paper), or ``places`` (ours:
+            each visible token phi(V) with all tokens of Y, see :mod:`custom.methods.alice.places`).
 
     Attributes:
         settings: these arguments but the encoder, so that a checkpoint can be built again.
@@ -92,12 +95,19 @@ class StudentBranch(Student):
         casa_teacher: str = "shared",
         pooled_from: str = "decoder",
         teacher_has_decoder: bool = False,
+        inter_volume: str = "pooled",
     ) -> None:
         super().__init__()
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "encoder", "__class__")}
         _choose("alignment", alignment, ALIGNMENTS)
         _choose("casa_teacher", casa_teacher, ("shared", "ema"))
         _choose("pooled_from", pooled_from, ("decoder", "encoder"))
+        _choose("inter_volume", inter_volume, ("pooled", "places"))
+        if inter_volume == "places" and teacher_has_decoder:
+            raise AliceError("Places are matched between encoders: leave teacher_has_decoder false.")
+        self.places = inter_volume == "places"
+        if self.places:  # nothing of H is compared, and no pooled vector is predicted
+            pooled_from = "encoder"
         self.encoder = encoder
         self.decoder = Decoder(
             encoder.width, math.prod(encoder.patch), decoder_width, decoder_depth, decoder_heads
@@ -109,7 +119,7 @@ class StudentBranch(Student):
             self.casa = CASA(encoder.width, width, width)
         elif alignment == "casa_official":
             self.casa = OfficialCASA(width)
-        self.predict_pooled: nn.Module = Predictor(width) if predictor else nn.Identity()
+        self.predict_pooled: nn.Module = Predictor(width) if predictor and not self.places else nn.Identity()
         self.predict_tokens: nn.Module = (
             Predictor(width) if predictor and alignment != "none" else nn.Identity()
         )
@@ -182,6 +192,7 @@ class StudentBranch(Student):
             teacher_pooled=target.pooled,
             student_tokens=student_tokens,
             teacher_tokens=teacher_tokens,
+            projected=projected,
         )
 
 

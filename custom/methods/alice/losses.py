@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from custom.encoders.patches import patchify
+from custom.encoders.masking import gather_visible, refine_mask, visible_index
+from custom.encoders.patches import empty_patches, patchify
 from custom.engine.schedules import linear_ramp
 from custom.errors import AliceError
 from custom.methods.alice.branch import StudentOutput
+from custom.methods.alice.places import PlaceLoss
 from custom.methods.terms import cosine_distance, masked_reconstruction
 from custom.processes import gather_rows, mean_over_processes, rank
 
 SIMILARITIES = ("cosine", "dino", "infonce")
-RECONSTRUCTIONS = ("masked", "whole")
+RECONSTRUCTIONS = ("masked", "raw", "whole")
+
+
+class Placed(NamedTuple):
+    """What place matching needs of a batch of crops Q and K stacked."""
+
+    tokens: Tensor  # Y, (2B, N, D), of the teacher's views
+    places: Tensor  # (2B, N, 3) mm: where each token of a crop lies in the other crop; NaN where nobody knows
+    centres: Tensor  # (2B, N, 3) mm: which place of its own crop each token of the teacher's view shows
 
 
 class AliceLoss(nn.Module):
@@ -29,8 +40,8 @@ class AliceLoss(nn.Module):
             ``infonce`` (pooled vectors against the other samples of the batch, tokens against the other
             tokens of their crop; ours).
         weight_r, weight_dv, weight_st: factors of the terms; the paper adds them with 1, 1, 1.
-        reconstruction: ``masked`` (hidden patches, normalised; the paper) or ``whole`` (all voxels, raw
-            intensities; the authors' code).
+        reconstruction: ``masked`` (hidden patches, normalised; the paper), ``raw`` (hidden patches, on one scale for
+            all; ours) or ``whole`` (all voxels, raw intensities; the authors' code).
         skip_empty: leave hidden patches of one flat value out of l_r (ours).
         temperature: of ``infonce`` (ours: 0.2) and of the student in ``dino`` (the authors' code: 0.1);
             None takes these.
@@ -38,6 +49,7 @@ class AliceLoss(nn.Module):
             linear over the first ``teacher_warmup`` steps).
         teacher_warmup: steps of that ramp.
         width: channels of pooled and token vectors; needed for ``dino``, which keeps running centres.
+        places: with it l_dv matches places (ours) instead of comparing pooled vectors.
         similarity_start, similarity_ramp: l_dv and l_st are off before the first step and full after start + ramp (ours).
 
     Attributes:
@@ -60,12 +72,15 @@ class AliceLoss(nn.Module):
         teacher_temperature: Sequence[float] = (0.008, 0.01),
         teacher_warmup: int = 0,
         width: int = 256,
+        places: PlaceLoss | None = None,
         similarity_start: int = 0,
         similarity_ramp: int = 0,
     ) -> None:
         super().__init__()
-        derived = ("self", "__class__", "patch", "width", "teacher_warmup")
+        derived = ("self", "__class__", "patch", "width", "teacher_warmup", "places")
         self.settings = {k: v for k, v in locals().items() if k not in derived and k != "derived"}
+        self.settings |= {"places": None if places is None else places.settings}
+        self.places = places
         if similarity not in SIMILARITIES:
             raise AliceError(f"similarity must be one of {', '.join(SIMILARITIES)}; got {similarity!r}.")
         if reconstruction not in RECONSTRUCTIONS:
@@ -90,6 +105,7 @@ class AliceLoss(nn.Module):
         crop: Tensor,
         hidden: Tensor,
         step: int = 0,
+        placed: Placed | None = None,
     ) -> dict[str, Tensor]:
         """Every term and their weighted sum.
 
@@ -98,19 +114,25 @@ class AliceLoss(nn.Module):
             crop: (2B, 1, X, Y, Z) what the student was to reconstruct.
             hidden: bool over mask units (2B, ux, uy, uz).
             step: number of the optimizer's step, for the teacher's temperature and the warm-up of l_dv and l_st.
+            placed: for place matching.
 
         Returns:
-            ``l_r``, ``l_dv``, ``l_st`` (unweighted) and ``total``.
+            ``l_r``, ``l_dv``, ``l_st`` (unweighted) and ``total``; with place matching its meters, too.
         """
         if len(crop) % 2:
             raise AliceError(f"Q and K are stacked along the batch, which must be even; got {len(crop)}.")
         temperature = self._teacher_temperature(step)
         pooled, target = output.student_pooled.float(), output.teacher_pooled.detach().float()
         crossed = target.roll(len(target) // 2, dims=0)  # the student's Q against the teacher's K, and back
-        terms = {
-            "l_r": 2 * self.reconstruction_loss(output.pixels.float(), crop.float(), hidden),
-            "l_dv": 2 * self._similarity(pooled, crossed, self.centre_pooled, temperature, pooled_view=True),
-        }
+        terms = {"l_r": 2 * self.reconstruction_loss(output.pixels.float(), crop.float(), hidden)}
+        meters: dict[str, Tensor] = {}
+        if self.places is None:
+            terms["l_dv"] = 2 * self._similarity(
+                pooled, crossed, self.centre_pooled, temperature, pooled_view=True
+            )
+        else:
+            meters = self._match_places(output, crop, hidden, placed)
+            terms["l_dv"] = 2 * meters.pop("l_place")
         if output.student_tokens is None or output.teacher_tokens is None:
             terms["l_st"] = torch.zeros_like(terms["l_r"])
         else:
@@ -125,13 +147,37 @@ class AliceLoss(nn.Module):
         ramp = linear_ramp(step, self.similarity_start, self.similarity_ramp)
         scale = {"l_r": 1.0, "l_dv": ramp, "l_st": ramp}
         total = torch.stack([self.weights[name] * scale[name] * term for name, term in terms.items()]).sum()
-        return terms | {"total": total}
+        return terms | {"total": total} | meters
+
+    def _match_places(
+        self, output: StudentOutput, crop: Tensor, hidden: Tensor, placed: Placed | None
+    ) -> dict[str, Tensor]:
+        assert self.places is not None
+        if placed is None or output.projected is None:
+            raise AliceError(
+                "Place matching needs a draw that says places (PlacedPair) and a student with inter_volume: places."
+            )
+        grid = [side // p for side, p in zip(crop.shape[2:], self.patch, strict=True)]
+        factor = [g // u for g, u in zip(grid, hidden.shape[1:], strict=True)]
+        visible = visible_index(refine_mask(hidden, factor).flatten(1)).to(crop.device, non_blocking=True)
+        tissue = ~empty_patches(patchify(crop.float(), self.patch)).gather(1, visible)
+        half = len(crop) // 2  # the student's Q is matched with the teacher's K, and back
+        return self.places(
+            output.projected,
+            placed.tokens.detach().roll(half, dims=0),
+            gather_visible(placed.places, visible),
+            placed.centres.roll(half, dims=0),
+            tissue,
+        )
 
     def reconstruction_loss(self, pixels: Tensor, crop: Tensor, hidden: Tensor) -> Tensor:
         """Squared error of predicted patches, averaged over patches and samples (Alice, Eq. 1)."""
         if self.reconstruction == "whole":
             return F.mse_loss(pixels, patchify(crop, self.patch))
-        return masked_reconstruction(pixels, crop, hidden, self.patch, skip_empty=self.skip_empty)
+        normalise = self.reconstruction == "masked"
+        return masked_reconstruction(
+            pixels, crop, hidden, self.patch, skip_empty=self.skip_empty, normalise=normalise
+        )
 
     def _similarity(
         self, student: Tensor, teacher: Tensor, centre: Tensor, temperature: float, pooled_view: bool

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +9,12 @@ from torch import Tensor, nn
 
 from custom.encoders.tokens import token_encoder
 from custom.engine.method import Method, Vectors
+from custom.errors import AliceError
 from custom.methods.alice.branch import StudentBranch, StudentOutput, TeacherOutput
-from custom.methods.alice.losses import AliceLoss
+from custom.methods.alice.losses import AliceLoss, Placed
 from custom.methods.alice.official import OfficialStudent
+from custom.methods.alice.places import token_centres
+from custom.methods.views import TargetView
 
 
 class AliceViews(NamedTuple):
@@ -22,6 +24,10 @@ class AliceViews(NamedTuple):
     intact: Tensor  # (2B, 1, X, Y, Z), augmented, for the teacher
     hidden: Tensor  # bool over mask units (2B, ux, uy, uz), on the CPU, where it is counted
     plan: Any  # what the encoder's planner made of it, or None
+    places: Tensor | None = None  # (2B, N, 3) mm, of every token in the other crop, where the draw tells
+    centres: Tensor | None = (
+        None  # (2B, N, 3) mm, which place of its crop each token of the teacher's view shows
+    )
 
 
 def build_student(network: nn.Module, settings: dict[str, Any]) -> StudentBranch | OfficialStudent:
@@ -47,11 +53,14 @@ class Alice(Method):
         self,
         student: StudentBranch | OfficialStudent,
         loss: AliceLoss,
-        view: Callable[[Tensor, Tensor], Tensor] | None = None,
+        view: TargetView | None = None,
     ) -> None:
         self.student: StudentBranch | OfficialStudent = student
         self.teacher = student.make_teacher()
         self.loss, self.view = loss, view
+        self.meters = loss.places.METERS if loss.places is not None else ()
+        if (loss.places is not None) != bool(getattr(student, "places", False)):
+            raise AliceError("method::loss::places and student_def::inter_volume: places go together.")
 
     def views(self, batch: dict[str, Any], device: torch.device) -> AliceViews:
         """Q and K stacked, and the teacher's view of them."""
@@ -60,7 +69,16 @@ class Alice(Method):
         seeds = torch.cat([batch["seed"], batch["seed"] + 1])
         plans = batch.get("plans", ())
         intact = crop if self.view is None else self.view(crop, seeds)
-        return AliceViews(crop, intact, hidden, plans[0] if len(plans) == 1 else None)
+        plan = plans[0] if len(plans) == 1 else None
+        if self.loss.places is None or "place_q" not in batch:
+            return AliceViews(crop, intact, hidden, plan)
+        places = torch.cat([batch["place_q"], batch["place_k"]]).to(device, non_blocking=True)
+        pitch = self.loss.places.pitch
+        grid = [side // p for side, p in zip(crop.shape[2:], self.loss.patch, strict=True)]
+        centres = token_centres(grid, pitch.tolist()).expand(len(crop), -1, -1)
+        if self.view is not None:
+            centres = self.view.seen_at(centres, seeds, crop.shape[2:])
+        return AliceViews(crop, intact, hidden, plan, places, centres.to(device, non_blocking=True))
 
     def target(self, views: AliceViews) -> TeacherOutput:
         """Y and its mean, of intact crops."""
@@ -76,10 +94,13 @@ class Alice(Method):
         self, output: StudentOutput, views: AliceViews, target: TeacherOutput, step: int
     ) -> dict[str, Tensor]:
         """Every term, and their weighted sum."""
-        return self.loss(output, views.crop, views.hidden, step)
+        placed = None
+        if views.places is not None and views.centres is not None:
+            placed = Placed(target.tokens, views.places, views.centres)
+        return self.loss(output, views.crop, views.hidden, step, placed)
 
     def vectors(self, output: StudentOutput, target: TeacherOutput, batch: dict[str, Any]) -> Vectors:
-        """GAP(H) after the predictor, and GAP(Y)."""
+        """GAP(H) after the predictor, or GAP(phi(V)) where places are matched; and GAP(Y)."""
         owners = [*batch["patient_q"], *batch["patient_k"]]
         return Vectors(output.student_pooled.detach(), output.teacher_pooled, owners)
 
