@@ -1,10 +1,12 @@
-"""Which similarity helps? Short pre-trainings at equal budget, judged by region retrieval and a linear probe.
+"""What teaches? Short pre-trainings at equal budget, judged on patients that were not trained on.
 
-    python benchmarks/similarity.py STORE --out results.jsonl --variants main --seeds 0 1 2
+    python benchmarks/similarity.py STORE --out rows.jsonl --arms "l_r" "places" --rates 5e-4 1.5e-3 --steps 400
+    python benchmarks/similarity.py STORE --out rows.jsonl --table
 
-STORE is a labelled store (``alice build``). Patients whose name starts with ``--test`` are only measured on; of
-the others, ``--fit`` patients are what the linear probe is fitted on (all of them are trained on, without labels).
-Results are appended, one line a run, and runs already there are skipped. ``--table`` prints what is there.
+STORE is a labelled store (``alice build``). Patients whose names match ``--report`` are measured last, once, with
+``--measure report``. Until then everything is chosen on ``--tune`` patients (``--measure tune``), who are then not trained
+on. Rows are appended, one line a run; runs that are there are skipped. ``--seconds`` gives every arm the same CPU time
+instead of the same steps.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,85 +26,96 @@ import numpy as np
 import torch
 
 from custom.data.store.volume_store import VolumeStore
+from custom.encoders.masked_swin import MaskedSwin
 from custom.encoders.masked_vit import MaskedViT
-from custom.encoders.tokens import token_encoder
-from custom.engine.loader import pair_loader
+from custom.encoders.tokens import TokenEncoder, token_encoder
+from custom.engine.loader import sample_loader
 from custom.engine.monitors import Monitors
 from custom.engine.schedules import decay_groups
-from custom.engine.trainer import AliceTrainer, Schedule
+from custom.engine.trainer import PretrainTrainer, Schedule
 from custom.evaluation.probe import EncoderProbe
 from custom.landmarks.aligners.make import make_aligner
 from custom.landmarks.aligners.match import Match
 from custom.methods.alice.branch import StudentBranch
 from custom.methods.alice.losses import AliceLoss
-from custom.methods.pairs import PairDataset
+from custom.methods.alice.method import Alice
+from custom.methods.alice.places import PlaceLoss
+from custom.methods.pairs import AlignedPair
+from custom.methods.placed_pairs import PlacedPair
 from custom.methods.views import MaskedBatch, Masking, TargetView
 
-CROP, PATCH, WINDOW = (48, 32, 48), 8, (-175.0, 250.0)
+WINDOW = (-175.0, 250.0)
 
 
 @dataclass(frozen=True)
-class Variant:
+class Arm:
     """What one run changes; the rest is the same for all."""
 
+    dv: float = 0.5  # weight of l_dv
+    st: float = 0.0
+    r: float = 1.0
+    inter_volume: str = "places"  # places | pooled
+    crops: str = "placed"  # placed: offsets of their own, moved into the volume; paired: one offset, redrawn
     similarity: str = "cosine"
     predictor: bool = True
-    alignment: str = "casa"
-    casa_teacher: str = "shared"
-    weight: float = 1.0  # of l_dv and l_st
-    dv: float = 1.0
-    st: float = 1.0
-    r: float = 1.0
-    start: float = 0.0  # share of the run before the similarity counts
-    ramp: float = 0.0
-    ema: float = 0.99
-    view: float = 1.0  # strength of the target view
-    aligner: str = "labels"
-    temperature: float | None = None
+    alignment: str = "none"
     pooled_from: str = "decoder"
+    reconstruction: str = "masked"
+    sigma: float = 1.0  # times half of a token's side
+    temperature: float = 0.1
+    ema: float = 0.99
+    turn: float = 0.0  # degrees of the teacher's view
+    zoom: float = 0.0
+    intensity: float = 1.0  # strength of the teacher's view
+    offset: float = 0.5
+    aligner: str = "coordinate"
     train: bool = True
 
 
-MAIN = {
-    "untrained": Variant(train=False),
-    "l_r alone": Variant(weight=0.0),
-    "cosine + predictor": Variant(),
-    "cosine, literal": Variant(predictor=False),
-    "dino": Variant("dino", predictor=False, casa_teacher="ema"),
-    "infonce": Variant("infonce", casa_teacher="ema"),
-}
-SEARCH = {
-    "infonce within": Variant("infonce", casa_teacher="ema"),
-    "infonce within encoder pooled": Variant("infonce", casa_teacher="ema", pooled_from="encoder"),
-    "infonce within encoder pooled random": Variant(
-        "infonce", casa_teacher="ema", pooled_from="encoder", aligner="random"
+PLACES, L_R = Arm(), Arm(dv=0.0, inter_volume="pooled")
+ARMS = {
+    "untrained": Arm(train=False),
+    "l_r": L_R,
+    "places": PLACES,
+    "before": Arm(1.0, 1.0, inter_volume="pooled", crops="paired", alignment="direct", turn=15.0, zoom=0.1),
+    "paper": Arm(
+        1.0,
+        1.0,
+        inter_volume="pooled",
+        crops="paired",
+        alignment="casa",
+        predictor=False,
+        turn=15.0,
+        zoom=0.1,
     ),
-    "infonce encoder pooled, dv only": Variant("infonce", casa_teacher="ema", pooled_from="encoder", st=0.0),
-    "infonce encoder pooled, dv 0.3 only": Variant(
-        "infonce", casa_teacher="ema", pooled_from="encoder", st=0.0, weight=0.3
-    ),
-    "cosine decoder_target": Variant(alignment="decoder_target"),
-    "infonce decoder_target": Variant("infonce", alignment="decoder_target", pooled_from="encoder"),
-    "cosine direct random pairs": Variant(alignment="direct", aligner="random"),
-    "cosine direct encoder pooled": Variant(alignment="direct", pooled_from="encoder"),
-    "cosine direct, st only": Variant(alignment="direct", dv=0.0),
-    "cosine random pairs": Variant(aligner="random"),
-    "infonce w0.1": Variant("infonce", casa_teacher="ema", weight=0.1),
-    "infonce w0.1 late": Variant("infonce", casa_teacher="ema", weight=0.1, start=0.3, ramp=0.2),
-    "infonce random pairs": Variant("infonce", casa_teacher="ema", aligner="random"),
-    "infonce dv only": Variant("infonce", casa_teacher="ema", st=0.0),
-    "infonce st only": Variant("infonce", casa_teacher="ema", dv=0.0),
-    "infonce encoder pooled": Variant("infonce", casa_teacher="ema", pooled_from="encoder"),
-    "cosine late": Variant(start=0.3, ramp=0.2),
-    "cosine w0.1": Variant(weight=0.1),
-    "cosine direct": Variant(alignment="direct"),
-    "cosine strong view": Variant(view=2.0),
-    "cosine ema 0.996": Variant(ema=0.996),
+    "l_r, redrawn crops": replace(L_R, crops="paired"),
+    "l_r raw": replace(L_R, reconstruction="raw"),
+    "places raw": replace(PLACES, reconstruction="raw"),
+    "places alone": replace(PLACES, r=0.0),
+    "places x2": replace(PLACES, dv=1.0),
+    "places x0.5": replace(PLACES, dv=0.25),
+    "places x0.2": replace(PLACES, dv=0.1),
+    "places sigma 2": replace(PLACES, sigma=2.0),
+    "places tau 0.05": replace(PLACES, temperature=0.05),
+    "places tau 0.2": replace(PLACES, temperature=0.2),
+    "places ema 0.97": replace(PLACES, ema=0.97),
+    "places ema 0.996": replace(PLACES, ema=0.996),
+    "places turned": replace(PLACES, turn=15.0, zoom=0.1),
+    "places plain view": replace(PLACES, intensity=0.0),
+    "places strong view": replace(PLACES, intensity=2.0),
+    "places offset 1": replace(PLACES, offset=1.0),
+    "places offset 0": replace(PLACES, offset=0.0),
+    "places + direct": replace(PLACES, st=0.2, alignment="direct"),
+    "places + casa": replace(PLACES, st=0.2, alignment="casa"),
+    "places, random pairs": replace(PLACES, aligner="random"),
+    "places, labels": replace(PLACES, aligner="labels"),
+    "places, sam": replace(PLACES, aligner="sam"),
+    "places, affine": replace(PLACES, aligner="affine"),
 }
 
 
 class LabelAligner:
-    """An oracle for this experiment: moves a point with the mean centroid of the labels both scans have."""
+    """An oracle, for a control only: moves a point with the mean centroid of the labels both scans have."""
 
     name, threshold = "labels", -1.0
 
@@ -132,135 +147,243 @@ class Bench:
     """Everything that runs share."""
 
     store: VolumeStore
-    test: str
-    fit_patients: int
-    steps: int
+    measured: str  # regular expression on names
+    left_out: str
+    network: str
+    crop: tuple[int, int, int]
     pairs: int
+    embeddings: str | None
+    threshold: float | None
+    fit_patients: int = 20
+    crops_per_scan: int = 12
     aligners: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.train_names = [n for n in self.store.names if not n.startswith(self.test)]
-        self.test_names = [n for n in self.store.names if n.startswith(self.test)]
+        names = self.store.names
+        self.test_names = [n for n in names if re.search(self.measured, n)]
+        out = set(self.test_names) | {n for n in names if re.search(self.left_out, n)}
+        self.train_names = [n for n in names if n not in out]
+        labelled = [n for n in self.train_names if self.store.has_label(n)]
         self.probe = EncoderProbe(
             self.store,
             self.test_names,
-            CROP,
+            self.crop,
             WINDOW,
-            fit_names=self.train_names[: self.fit_patients],
-            crops_per_scan=12,
+            fit_names=labelled[: self.fit_patients],
+            crops_per_scan=self.crops_per_scan,
         )
 
     def aligner(self, name: str) -> Any:
         if name not in self.aligners:
-            self.aligners[name] = (
-                LabelAligner(self.store) if name == "labels" else make_aligner(name, self.store)
-            )
+            options = {"embeddings": self.embeddings, "threshold": self.threshold} if name == "sam" else {}
+            made = LabelAligner(self.store) if name == "labels" else make_aligner(name, self.store, **options)
+            self.aligners[name] = made
         return self.aligners[name]
 
-    def run(self, variant: Variant, seed: int) -> dict[str, Any]:
-        """Train one variant and measure it."""
-        torch.manual_seed(seed)
-        network = MaskedViT(
-            1, CROP, PATCH, hidden_size=192, mlp_dim=768, num_layers=4, num_heads=6, pos_embed_type="sincos"
-        )
-        student = StudentBranch(
-            token_encoder(network), decoder_width=96, decoder_depth=2, decoder_heads=4, head_width=512, bottleneck=128,
-            prototypes=256 if variant.similarity == "dino" else None, predictor=variant.predictor,
-            alignment=variant.alignment, casa_teacher=variant.casa_teacher, pooled_from=variant.pooled_from,
-        )  # fmt: skip
-        started = time.process_time()
-        result: dict[str, Any] = {}
-        if variant.train:
-            dataset = PairDataset(
-                self.store,
-                self.aligner(variant.aligner),
-                CROP,
-                WINDOW,
-                seed=seed,
-                names=self.train_names,
-                max_redraws=10,
+    def encoder(self) -> TokenEncoder:
+        if self.network == "swin":
+            return token_encoder(
+                MaskedSwin(1, 24, (7, 7, 7), (2, 2, 2), (2, 2, 2, 2), (3, 6, 12, 24), downsample="merging")
             )
-            strength = variant.view
+        patch = int(self.network.removeprefix("vit"))
+        return token_encoder(
+            MaskedViT(
+                1,
+                self.crop,
+                patch,
+                hidden_size=192,
+                mlp_dim=768,
+                num_layers=4,
+                num_heads=6,
+                pos_embed_type="sincos",
+            )
+        )
+
+    def trainer(self, arm: Arm, rate: float, seed: int, steps: int, folder: str) -> PretrainTrainer:
+        torch.manual_seed(seed)
+        encoder = self.encoder()
+        student = StudentBranch(
+            encoder,
+            decoder_width=96,
+            decoder_depth=2,
+            decoder_heads=4,
+            head_width=512,
+            bottleneck=128,
+            predictor=arm.predictor,
+            alignment=arm.alignment,
+            pooled_from=arm.pooled_from,
+            inter_volume=arm.inter_volume,
+        )
+        pitch = [p * s for p, s in zip(encoder.patch, self.store.spacing, strict=True)]
+        places = None
+        if arm.inter_volume == "places":
+            places = PlaceLoss(pitch, arm.sigma * sum(pitch) / 6, arm.temperature)
+        loss = AliceLoss(
+            encoder.patch,
+            arm.similarity,
+            arm.r,
+            arm.dv,
+            arm.st,
+            arm.reconstruction,
+            width=student.head.out_width,
+            places=places,
+        )
+        options: dict[str, Any] = {
+            "window_hu": WINDOW,
+            "seed": seed,
+            "names": self.train_names,
+            "max_redraws": 10,
+        }
+        kind: Any = AlignedPair if arm.crops == "paired" else PlacedPair
+        if arm.crops == "placed":
+            options["patch"] = encoder.patch
+        draws = kind(self.store, self.aligner(arm.aligner), self.crop, max_offset=arm.offset, **options)
+        strength = 0.1 * arm.intensity
+        view = TargetView(self.store.spacing, arm.turn, arm.zoom, (0, 0, 0), strength, strength, strength / 2)
+        masked = MaskedBatch(Masking(0.75), encoder.units(self.crop), draws.crop_keys, encoder.planner())
+        return PretrainTrainer(
+            device="cpu",
+            method=Alice(student, loss, view),
+            optimizer=torch.optim.AdamW(decay_groups(student, 0.05), lr=rate, betas=(0.9, 0.95), fused=True),
+            loader=sample_loader(draws, self.pairs, steps, collate=masked),
+            schedule=Schedule(steps, rate, max(steps // 10, 1), momentum=arm.ema),
+            run_dir=folder,
+            checkpoint_every=0,
+            seed=seed,
+            train_handlers=[Monitors(every=max(steps // 4, 1))],
+        )
+
+    def run(
+        self, arm: Arm, rate: float, seed: int, steps: int, seconds: float | None, keep: Path | None
+    ) -> dict[str, Any]:
+        """Train one arm and measure it."""
+        result: dict[str, Any] = {}
+        if arm.train and seconds is not None:
             with tempfile.TemporaryDirectory() as folder:
-                trainer = AliceTrainer(
-                    device="cpu", student=student, teacher=student.make_teacher(),
-                    loss=AliceLoss(
-                        (PATCH,) * 3, variant.similarity, variant.r, variant.weight * variant.dv, variant.weight * variant.st,
-                        temperature=variant.temperature, width=student.head.out_width,
-                    ),
-                    optimizer=torch.optim.AdamW(decay_groups(student, 0.05), lr=1e-3, betas=(0.9, 0.95), fused=True),
-                    loader=pair_loader(
-                        dataset, self.pairs, self.steps, collate=MaskedBatch(Masking(0.75), student.encoder.units(CROP))
-                    ),
-                    schedule=Schedule(
-                        self.steps, 5e-4, self.steps // 10, momentum=variant.ema,
-                        similarity_start=int(variant.start * self.steps), similarity_ramp=int(variant.ramp * self.steps),
-                    ),
-                    view=TargetView(self.store.spacing, 15 * strength, 0.1 * strength, (0, 0, 0), 0.1 * strength, 0.1 * strength, 0.05 * strength),
-                    run_dir=folder, checkpoint_every=0, seed=seed, train_handlers=[Monitors(every=max(self.steps // 4, 1))],
-                )  # fmt: skip
+                trial = self.trainer(arm, rate, seed, 24, folder)
+                trial.saved_at = 24
+                trial.run()  # the first steps fill caches
+                started = time.process_time()
+                trial = self.trainer(arm, rate, seed + 1000, 24, folder)
+                trial.resume, trial.saved_at = False, 24
+                trial.run()
+            steps = max(10, round(seconds / ((time.process_time() - started) / 24)))
+        started = time.process_time()
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = self.trainer(arm, rate, seed, max(steps, 1), folder)
+            if arm.train:
                 trainer.run()
-                result = {
-                    k: round(float(v), 4) for k, v in (trainer.state.output | trainer.state.metrics).items()
-                }
-        student.eval()
-        result |= {k: round(v, 4) for k, v in self.probe(student.encoder).items()}
-        return result | {"cpu_s": round(time.process_time() - started, 1)}
+                found = trainer.state.output | trainer.state.metrics
+                result = {k: round(float(v), 4) for k, v in found.items()}
+            trained = time.process_time() - started
+        student = trainer.online.eval()
+        if keep is not None:
+            torch.save(student.encoder.encoder.state_dict(), keep)  # type: ignore[union-attr]
+        result |= {k: round(v, 4) for k, v in self.probe(student.encoder).items()}  # type: ignore[arg-type]
+        return result | {"cpu_s": round(trained, 1), "steps": steps}
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """Mean and standard deviation over seeds, as Markdown."""
-    rows = [
-        "| variant | seeds | region retrieval | linear probe r | spread | rank |",
-        "|---|---|---|---|---|---|",
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean over seeds, and each seed's value, as Markdown; the best rate of an arm by its mean linear probe."""
+    lines = [
+        "| arm | rate | seeds | retrieval | place, mm | linear probe r | CPU s |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name in dict.fromkeys(line["variant"] for line in lines):
-        own = [line for line in lines if line["variant"] == name]
+    for name, rate in dict.fromkeys((row["arm"], row["rate"]) for row in rows):
+        own = [row for row in rows if (row["arm"], row["rate"]) == (name, rate)]
 
-        def cell(key: str, own: list[dict[str, Any]] = own) -> str:
-            values = [line[key] for line in own if key in line]
-            return f"{np.mean(values):.3f} ± {np.std(values):.3f}" if values else "-"
+        def cell(key: str, digits: int = 3, own: list[dict[str, Any]] = own) -> str:
+            values = [row[key] for row in own if row.get(key) is not None]
+            if not values:
+                return "-"
+            each = " ".join(f"{v:.{digits}f}" for v in values) if len(values) > 1 else ""
+            return f"**{np.mean(values):.{digits}f}** {each}".strip()
 
-        keys = ("retrieval", "linear", "monitor/std_teacher", "monitor/rank_teacher")
-        rows.append(f"| {name} | {len(own)} | " + " | ".join(cell(k) for k in keys) + " |")
-    return "\n".join(rows)
+        cells = [cell("retrieval"), cell("place_mm", 1), cell("linear"), cell("cpu_s", 0)]
+        lines.append(f"| {name} | {rate:g} | {len(own)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
-def main() -> None:
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("store", type=Path)
     parser.add_argument("--out", type=Path, default=Path("similarity.jsonl"))
-    parser.add_argument("--test", default="validation_")
-    parser.add_argument("--fit", type=int, default=20)
-    parser.add_argument("--variants", nargs="+", default=["main"], help="main, search, or names of variants")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--report", default="validation_", help="names of patients to report on")
+    parser.add_argument(
+        "--tune", default=r"train_pt_(17[27]|18\d|19\d|200)(\D|$)", help="names of patients to choose on"
+    )
+    parser.add_argument("--measure", choices=("tune", "report"), default="tune")
+    parser.add_argument("--arms", nargs="+", default=["untrained", "l_r", "places"], help=", ".join(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4])
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument(
+        "--seconds", type=float, default=None, help="CPU seconds of training instead of steps"
+    )
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--network", default="vit8", help="vit8, vit16 or swin")
+    parser.add_argument("--crop", type=int, nargs=3, default=[48, 32, 48])
+    parser.add_argument("--embeddings", default=None, help="of alice embed, for sam")
+    parser.add_argument("--threshold", type=float, default=None, help="of sam")
+    parser.add_argument("--keep", type=Path, default=None, help="folder for the encoders' weights")
     parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    args = arguments()
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.is_file() else []
     if args.table:
         print(table(done))
         return
+    unknown = [name for name in args.arms if name not in ARMS]
+    if unknown:
+        raise SystemExit(f"No arm {', '.join(unknown)}; there are {', '.join(ARMS)}.")
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(1)
-    everything = MAIN | SEARCH
-    names = [n for v in args.variants for n in ({"main": MAIN, "search": SEARCH}.get(v, [v]))]
-    bench = Bench(VolumeStore(args.store), args.test, args.fit, args.steps, args.pairs)
-    known = {(line["variant"], line["seed"], line["steps"]) for line in done}
+    measured, left_out = (args.tune, args.report) if args.measure == "tune" else (args.report, "^$")
+    bench = Bench(
+        VolumeStore(args.store),
+        measured,
+        left_out,
+        args.network,
+        tuple(args.crop),
+        args.pairs,
+        args.embeddings,
+        args.threshold,
+    )
+    keys = ("arm", "rate", "seed", "budget", "measured", "network", "pairs", "crop")
+    known = {json.dumps([row.get(k) for k in keys]) for row in done}
+    budget = f"{args.seconds:g} s" if args.seconds else f"{args.steps} steps"
     for seed in args.seeds:
-        for name in names:
-            if (name, seed, args.steps) in known:
-                continue
-            result = {"variant": name, "seed": seed, "steps": args.steps, **bench.run(everything[name], seed)}
-            with open(args.out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
-            print(
-                f"{name} seed {seed}: retrieval {result['retrieval']}, linear {result['linear']}, {result['cpu_s']} s",
-                flush=True,
-            )
+        for name in args.arms:
+            for rate in args.rates if ARMS[name].train else args.rates[:1]:
+                about = dict(
+                    zip(
+                        keys,
+                        (name, rate, seed, budget, args.measure, args.network, args.pairs, args.crop),
+                        strict=True,
+                    )
+                )
+                if json.dumps([about[k] for k in keys]) in known:
+                    continue
+                keep = (
+                    None
+                    if args.keep is None
+                    else args.keep / f"{name}_{rate:g}_{seed}_{budget}.pt".replace(" ", "_")
+                )
+                found = bench.run(ARMS[name], rate, seed, args.steps, args.seconds, keep)
+                row = {**about, "settings": asdict(ARMS[name]), **found}
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                with open(args.out, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                said = ", ".join(
+                    f"{k} {row[k]}" for k in ("retrieval", "place_mm", "linear", "cpu_s") if k in row
+                )
+                print(f"{name}, rate {rate:g}, seed {seed}, {budget}: {said}", flush=True)
 
 
 if __name__ == "__main__":
