@@ -161,7 +161,9 @@ def run(folder: Path, options: argparse.Namespace) -> None:
         eight[name] = save_embedding(folder / f"{name}.sam", embedding, "w", "s", body=body, fine_bits=8)
         with open(folder / f"{name}.pkl", "wb") as file:  # the authors' storage
             pickle.dump([embedding.fine.half().numpy(), embedding.coarse.half().numpy()], file)
-    write_text(folder / "embeddings" / INDEX, f'{{"format": "{FORMAT}", "weights_sha256": "w"}}')
+    write_text(
+        folder / "embeddings" / INDEX, f'{{"format": "{FORMAT}", "weights_sha256": "w", "profile": "ct"}}'
+    )
 
     query, key = embeddings["q"], embeddings["k"]
     stored_q, stored_k = (StoredEmbedding(saved[name].path) for name in "qk")

@@ -280,6 +280,10 @@ def test_other_weights_and_changed_scans_are_refused(model, store, tmp_path):
     (tmp_path / "embeddings.json").write_text(json.dumps(index | {"weights_sha256": "c" * 64}))
     with pytest.raises(EmbeddingError, match="do not compare"):
         EmbeddingFolder(tmp_path)[name]
+    del index["profile"]
+    (tmp_path / "embeddings.json").write_text(json.dumps(index))
+    with pytest.raises(EmbeddingError, match="profile None.*Embed again"):
+        EmbeddingFolder(tmp_path)
     (tmp_path / "embeddings.json").unlink()
     with pytest.raises(EmbeddingError, match="no embeddings here"):
         EmbeddingFolder(tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -243,8 +243,3 @@ def refuse_hu(path: Path, low: float, high: float) -> None:
             f"{path}: values run from {low:g} to {high:g}, without air: these are no Hounsfield units "
             "(MR, or CT without its intercept?). Convert it to HU, give its profile (mr), or leave it out."
         )
-
-
-def patients_of(scans: Sequence[Scan]) -> list[str]:
-    """The patients, each once, in order."""
-    return sorted({scan.patient for scan in scans})

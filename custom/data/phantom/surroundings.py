@@ -21,7 +21,6 @@ CAVITY_Y = 7.0
 SPINE_Y = -45.0
 T12_Z, THORACIC_PITCH = 52.0, 27.0
 L1_Z, LUMBAR_PITCH = 20.0, 35.0
-EVERYWHERE = ((-1e4, -1e4, -1e4), (1e4, 1e4, 1e4))
 
 COLON = [  # caecum, hepatic flexure, transverse, splenic flexure, descending, sigmoid, rectum
     [(80, 10, -135, 22), (88, 5, -105, 25), (90, 2, -60, 23), (88, 14, -28, 20)],

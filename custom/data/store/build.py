@@ -24,7 +24,6 @@ from custom.data.store.convert import convert, record_path, stamp
 from custom.data.store.needs import MARGIN_MM, SPACING, needs_of
 from custom.data.store.parts import faults_of_parts, save_faults, share
 from custom.data.store.volume_store import (
-    FIRST_SETTINGS,
     StoreError,
     VolumeRecord,
     VolumeStore,
@@ -324,12 +323,9 @@ def _settings(
 
 
 def _begun(store: Path) -> dict[str, Any] | None:
-    """Settings of a build that was never finished; of the first format, its volumes say them."""
+    """Settings of a build that was never finished."""
     path = store / _SETTINGS
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    first = next(iter(sorted((store / "volumes").glob("*.json"))), None)
-    return None if first is None else FIRST_SETTINGS | json.loads(first.read_text("utf-8"))["settings"]
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _existing(store: Path, settings: dict, scans: Sequence[Scan]) -> dict[str, VolumeRecord]:
@@ -339,7 +335,7 @@ def _existing(store: Path, settings: dict, scans: Sequence[Scan]) -> dict[str, V
         path = record_path(store, scan.name)
         if path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
-            if FIRST_SETTINGS | content.pop("settings") == settings:
+            if content.pop("settings") == settings:
                 records[scan.name] = VolumeRecord(**content)
     return records
 

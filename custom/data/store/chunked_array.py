@@ -115,8 +115,7 @@ def write_array(path: Path, array: np.ndarray) -> str:
 class ChunkedArray:
     """A file that :class:`ArrayWriter` made, open for reading.
 
-    Every chunk's checksum is compared when it is first touched, before anything is decompressed. A file without
-    checksums (of format 1) is read unverified.
+    Every chunk's checksum is compared when it is first touched, before anything is decompressed.
 
     Raises:
         RuntimeError: if the file, or on reading a chunk, is damaged.
@@ -131,18 +130,11 @@ class ChunkedArray:
         self.dtype = self._array.dtype
         self._chunks = tuple(int(n) for n in self._array.chunks)
         self._grid = tuple(math.ceil(n / c) for n, c in zip(self.shape, self._chunks, strict=True))
-        self._sums: np.ndarray | None = None
         self._seen = np.zeros(self._grid, dtype=bool)
         meta = self._array.schunk.vlmeta
-        if _CHECKSUMS in meta:
-            self._sums = np.frombuffer(meta[_CHECKSUMS], "<u4")
-            if len(self._sums) != self._seen.size:
-                raise RuntimeError("its checksums are not whole")
-
-    @property
-    def has_checksums(self) -> bool:
-        """Whether damage would be noticed."""
-        return self._sums is not None
+        self._sums = np.frombuffer(meta.get(_CHECKSUMS, b""), "<u4")
+        if len(self._sums) != self._seen.size:
+            raise RuntimeError("its checksums are missing or not whole")
 
     def read(self, low: tuple[int, ...], high: tuple[int, ...]) -> np.ndarray:
         """Voxels from ``low`` to before ``high``."""
@@ -156,14 +148,13 @@ class ChunkedArray:
 
     def _verify_box(self, ranges: list[range]) -> None:
         box = tuple(slice(r.start, r.stop) for r in ranges)
-        if self._sums is not None and not self._seen[box].all():
+        if not self._seen[box].all():
             for place in itertools.product(*ranges):
                 if not self._seen[place]:
                     self._verify(place)
 
     def _verify(self, place: tuple[int, ...]) -> None:
         number = int(np.ravel_multi_index(place, self._grid))
-        assert self._sums is not None
         if zlib.crc32(self._array.schunk.get_chunk(number)) != int(self._sums[number]):
             raise RuntimeError(f"checksum of chunk {number} differs")
         self._seen[place] = True

@@ -97,7 +97,6 @@ def convert(scan: Scan, store: Path, settings: dict[str, Any]) -> VolumeRecord:
         labels=labels,
         crop_start=list(low),
         scaling=scaled,
-        chunk_checksums=True,
     )
     write_text(record_path(store, scan.name), json.dumps(asdict(record) | {"settings": settings}))
     return record

@@ -21,10 +21,7 @@ from custom.data.store.chunked_array import CHUNK, ChunkedArray
 from custom.data.store.chunked_array import write_array as write_array
 from custom.errors import AliceError
 
-FORMAT = "alice-store-2"
-READABLE = ("alice-store-1", FORMAT)  # 1: uncropped CT without checksums of chunks
-# what format 1 did not say of itself
-FIRST_SETTINGS = {"profile": "ct", "crop_margin_mm": None, "remove_table": False}
+FORMAT = "alice-store-3"
 
 
 @dataclass
@@ -47,7 +44,6 @@ class VolumeRecord:
     scaling: dict[str, float] = field(
         default_factory=dict
     )  # stored = (value - offset) * scale; of profiles but ct
-    chunk_checksums: bool = False  # volumes of format 1 have none
 
     def __post_init__(self) -> None:
         if len(self.shape) != 3 or len(self.affine) != 4:
@@ -165,7 +161,7 @@ class VolumeStore:
         """Compare the checksums of all chunks of a volume and its body mask, without decompressing them.
 
         Raises:
-            DamagedScan: if one differs, or a file is missing; volumes of format 1 have none to compare.
+            DamagedScan: if one differs, or a file is missing.
         """
         for kind in ("hu", "body"):
             array = self._open(name, kind)
@@ -225,11 +221,9 @@ class VolumeStore:
     def _open_array(self, name: str, kind: str) -> ChunkedArray:
         with self._named(name, kind):
             array = ChunkedArray(self._file(name, kind))
-            record = self._record(name)
-            if kind != "body" and list(array.shape) != record.shape:
-                raise RuntimeError(f"has shape {list(array.shape)}, {record.shape} was written")
-            if record.chunk_checksums and not array.has_checksums:
-                raise RuntimeError("has lost its checksums")
+            wanted = self._record(name).shape
+            if kind != "body" and list(array.shape) != wanted:
+                raise RuntimeError(f"has shape {list(array.shape)}, {wanted} was written")
         return array
 
     def _file(self, name: str, kind: str) -> Path:
@@ -288,12 +282,10 @@ def read_index(store: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise StoreError(f"{path}: unreadable ({error}). Delete the store and build it again.") from error
     found = index.get("format") if isinstance(index, dict) else None
-    if found not in READABLE:
+    if found != FORMAT:
         raise StoreError(
-            f"{path}: format {found!r}, this version reads {FORMAT!r} and older. Build it again, or install the "
-            "version that made it."
+            f"{path}: format {found!r}, this version reads {FORMAT!r}. Delete the store and build it again."
         )
-    index["settings"] = FIRST_SETTINGS | index["settings"]
     profile_of(index["settings"]["profile"])
     return index
 

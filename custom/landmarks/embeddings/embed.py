@@ -131,9 +131,9 @@ def _embed_all(
                 f"{out}: made with weights {made['weights_sha256'][:12]}, now {weights_sha256[:12]} are given, and "
                 "their embeddings do not compare. Choose another folder, or --overwrite."
             )
-        if made.get("profile", "ct") != profile and not overwrite:
+        if made["profile"] != profile and not overwrite:
             raise EmbeddingError(
-                f"{out}: made from intensities of profile {made.get('profile', 'ct')!r}, now {profile!r} are given. "
+                f"{out}: made from intensities of profile {made['profile']!r}, now {profile!r} are given. "
                 "Choose another folder."
             )
         if made["weights_sha256"] == weights_sha256 and made.get("threshold") is not None:
