@@ -22,7 +22,7 @@ import torch
 
 from custom.data.grid.profiles import window
 from custom.data.store.build import build_store
-from custom.data.store.volume_store import write_text
+from custom.files import write_text
 from custom.landmarks.aligners.sam import SamAligner
 from custom.landmarks.embeddings.file import FORMAT, save_embedding
 from custom.landmarks.embeddings.folder import INDEX, embedding_path

@@ -171,7 +171,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("safetensors.numpy.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(EmbeddingError, match=r"a\.sam: cannot be written \(disk full\)"):
         save_embedding(tmp_path / "a.sam", structured(), WEIGHTS, "s")
     assert not list(tmp_path.iterdir())
 

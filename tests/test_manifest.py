@@ -32,7 +32,6 @@ from custom.cli.scan_summary import summary
 from custom.data.errors import ScanError
 from custom.data.formats.open_scan import open_scan
 from custom.data.formats.reasons import ACCEPTED, REJECTED, WARNED, Reason
-from custom.data.intake import manifest as manifest_file
 from custom.data.intake import work
 from custom.data.intake.examine import run_job
 from custom.data.intake.fingerprint import near_pairs
@@ -549,10 +548,10 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     path = scan(tmp_path / "scans", output=tmp_path / "m.json").save(tmp_path / "m.json")
     before = path.read_text()
 
-    def full(path, text):
+    def full(self, *args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(manifest_file, "write_text", full)
+    monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(ManifestError, match="No space left on device"):
         scan(tmp_path / "scans", output=tmp_path / "m.json", min_slices=3)
     assert path.read_text() == before

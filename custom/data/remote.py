@@ -9,6 +9,7 @@ from pathlib import Path
 import fsspec
 
 from custom.data.errors import StoreError
+from custom.files import replacing
 
 CACHE = ".cache/alice/stores"  # in the home folder, unless another is given
 
@@ -48,12 +49,10 @@ class RemoteFolder:
         local = self.folder / (f"{version[:16]}/{name}" if version else name)
         if local.is_file() and not refresh:
             return local
-        temporary = local.with_name(f"{local.name}.{os.getpid()}.tmp")
         try:
-            local.parent.mkdir(parents=True, exist_ok=True)
-            system, path = fsspec.core.url_to_fs(f"{self.url}/{name}")
-            system.get_file(path, str(temporary))
-            os.replace(temporary, local)
+            with replacing(local, error=None) as draft:
+                system, path = fsspec.core.url_to_fs(f"{self.url}/{name}")
+                system.get_file(path, str(draft))
         except FileNotFoundError as error:
             raise StoreError(f"{self.url}/{name}: missing.") from error
         except (OSError, ValueError, ImportError) as error:
@@ -62,6 +61,4 @@ class RemoteFolder:
                 f"{self.url}/{name}: cannot be fetched into {self.folder} ({what}). Install fsspec's package for "
                 "this protocol, give your credentials as it wants them, or copy the store."
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
         return local

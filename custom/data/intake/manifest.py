@@ -21,7 +21,7 @@ from custom.data.formats.voxels import MOST_BYTES
 from custom.data.intake.records import ScanRecord
 from custom.data.remote import RemoteFolder, is_url
 from custom.data.scans import Scan
-from custom.data.store.volume_store import write_text
+from custom.files import write_text
 
 FORMAT = "alice-manifest-1"
 _PLAIN = {"str": (str,), "str | None": (str,), "float | None": (int, float), "int": (int,)}
@@ -124,13 +124,9 @@ class Manifest:
             "others": dict(sorted(self.others.items())),
             "records": [sparse(record) for record in self.records],
         }
-        try:
-            # ASCII keeps names that are no valid UTF-8 as they are
-            write_text(path, json.dumps(content, indent=1, ensure_ascii=True) + "\n")
-        except OSError as error:
-            raise ManifestError(
-                f"{path}: cannot be written ({error.strerror}). Choose another place."
-            ) from error
+        # ASCII keeps names that are not valid UTF-8 as they are
+        text = json.dumps(content, indent=1, ensure_ascii=True) + "\n"
+        write_text(path, text, sync=True, error=ManifestError, advice="Choose another place.")
         return path
 
     @classmethod

@@ -8,7 +8,6 @@ small bowel and what fills the bowel are drawn anew for each subject.)
 from __future__ import annotations
 
 import gzip
-import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from custom.data.phantom.pose import draw_pose, sample_knots, spread_knots
 from custom.data.phantom.shapes import FLARE_ORGANS, LABEL_OF_TISSUE, ORGANS_OF, Canvas
 from custom.data.phantom.surroundings import paint_surroundings
 from custom.errors import AliceError
+from custom.files import replacing, write_text
 
 __all__ = [
     "COVERAGES",
@@ -228,24 +228,13 @@ def _write_subject(
         nib.orientations.apply_orientation(array, turn) for array in (phantom.image, phantom.label, map_knots)
     )
     if canonical_path is not None:
-        content = io.BytesIO()
-        np.savez_compressed(content, knots=knots, shape=np.array(image.shape))
-        _write_atomically(canonical_path, content.getvalue())
+        with replacing(canonical_path) as draft, open(draft, "wb") as file:
+            np.savez_compressed(file, knots=knots, shape=np.array(image.shape))
     for path, array in ((label_path, label), (image_path, image)):
         nifti = nib.Nifti1Image(np.ascontiguousarray(array), affine)
         nifti.header.set_xyzt_units("mm")
-        _write_atomically(path, gzip.compress(nifti.to_bytes(), compresslevel=3, mtime=0))
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the target and rename, so that a file that exists is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        with replacing(path) as draft:
+            draft.write_bytes(gzip.compress(nifti.to_bytes(), compresslevel=3, mtime=0))
 
 
 def _paths(labels: str, number: int) -> tuple[str, str, str]:
@@ -276,7 +265,7 @@ def _claim_folder(folder: Path, seed: int, size: str, labels: str) -> None:
         if first != text.partition("\n")[0]:
             raise AliceError(f"{folder} holds other files ({first!r}): choose an empty folder.")
         return
-    _write_atomically(readme, text.encode())
+    write_text(readme, text)
 
 
 def _check_choice(what: str, value: str, choices: Sequence[str]) -> None:

@@ -28,12 +28,12 @@ from custom.data.store.volume_store import (
     VolumeRecord,
     VolumeStore,
     read_index,
-    sha256_of_file,
+    store_text,
     volume_path,
     write_index,
-    write_text,
 )
 from custom.errors import AliceError
+from custom.files import sha256_of_file
 from custom.processes import rank, wait_for_all
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ class _Build:
         except OSError as error:
             raise StoreError(f"{store}: cannot be made ({error.strerror}). Choose another place.") from error
         if not (store / _SETTINGS).is_file() and not (store / "index.json").is_file():
-            write_text(store / _SETTINGS, json.dumps(self.settings))
+            store_text(store / _SETTINGS, json.dumps(self.settings))
         mine = tuple(f"{scan.name}." for scan in todo)
         for leftover in store.rglob("*.tmp"):  # of a build that was killed; other parts may be at work
             if part is None or leftover.name.startswith(mine):
@@ -233,7 +233,7 @@ class _Build:
             if scan.name in built:
                 built[scan.name].patient = scan.patient
         reasons = {name: fault["why"] for name, fault in self.faults.items()}
-        write_text(store / "report.json", json.dumps({"taken": sorted(built), "refused": reasons}, indent=1))
+        store_text(store / "report.json", json.dumps({"taken": sorted(built), "refused": reasons}, indent=1))
         self.refuse(bad_scans_allowed)
         if not built:
             raise ScanError(f"{store}: no usable scan among {len(self.scans)}. See {store / 'report.json'}.")

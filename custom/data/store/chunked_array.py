@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
-import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import blosc2
 import numpy as np
 
 from custom.data.errors import StoreError
+from custom.files import replacing
 
 CHUNK = 64  # voxels a side: a 192x192x64 crop touches few chunks (spec, performance.md section 4)
 BLOCK = 16
+MAKE_ROOM = "Make room on the disk and build again."
 _CHECKSUMS = "crc32"  # of every chunk as compressed, little-endian uint32, in the file's own metadata
 
 
@@ -40,7 +42,6 @@ class ArrayWriter:
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any) -> None:
         self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)
-        self.temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self._digest, self._filled, self._array = hashlib.sha256(), 0, None
 
     @property
@@ -49,27 +50,27 @@ class ArrayWriter:
         return self._digest.hexdigest()
 
     def __enter__(self) -> ArrayWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         chunks = tuple(min(CHUNK, n) for n in self.shape)
-        try:
-            self._array = blosc2.empty(
-                self.shape,
-                dtype=self.dtype,
-                chunks=chunks,
-                blocks=tuple(min(BLOCK, n) for n in chunks),
-                cparams={
-                    # a crop is cut in less than half the time of zstd, for a tenth more disk (docs/performance.md)
-                    "codec": blosc2.Codec.LZ4HC,
-                    "clevel": 5,
-                    "filters": [blosc2.Filter.BITSHUFFLE],
-                    "nthreads": 1,
-                },
-                urlpath=str(self.temporary),
-                mode="w",
-            )
-        except (OSError, RuntimeError) as error:
-            self.temporary.unlink(missing_ok=True)
-            raise self._refusal(error) from error
+        with contextlib.ExitStack() as stack:
+            draft = stack.enter_context(replacing(self.path, sync=True, error=StoreError, advice=MAKE_ROOM))
+            with _disk_errors():
+                self._array = blosc2.empty(
+                    self.shape,
+                    dtype=self.dtype,
+                    chunks=chunks,
+                    blocks=tuple(min(BLOCK, n) for n in chunks),
+                    cparams={
+                        # a crop is cut in less than half the time of zstd, for a tenth more disk (docs/performance.md)
+                        "codec": blosc2.Codec.LZ4HC,
+                        "clevel": 5,
+                        "filters": [blosc2.Filter.BITSHUFFLE],
+                        "nthreads": 1,
+                    },
+                    urlpath=str(draft),
+                    mode="w",
+                )
+            stack.push(self._finish)
+            self._stack = stack.pop_all()  # open until __exit__
         return self
 
     def write(self, slab: np.ndarray) -> None:
@@ -77,31 +78,31 @@ class ArrayWriter:
         assert self._array is not None and self._filled % CHUNK == 0, "slabs are whole chunks"
         whole = np.ascontiguousarray(slab, dtype=self.dtype)
         self._digest.update(whole)
-        try:
+        with _disk_errors():
             self._array[self._filled : self._filled + len(whole)] = whole
-        except (OSError, RuntimeError) as error:  # blosc2 reports a full disk as RuntimeError
-            raise self._refusal(error) from error
         self._filled += len(whole)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: Any) -> None:
+        self._stack.__exit__(*failure)
+
+    def _finish(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Add the checksums, and close the file."""
         array, self._array = self._array, None
-        try:
-            if kind is None:
-                assert array is not None and self._filled == self.shape[0], "all slabs were written"
+        if kind is None:
+            assert array is not None and self._filled == self.shape[0], "all slabs were written"
+            with _disk_errors():
                 schunk = array.schunk
                 sums = [zlib.crc32(schunk.get_chunk(i)) for i in range(schunk.nchunks)]
                 schunk.vlmeta[_CHECKSUMS] = np.array(sums, "<u4").tobytes()
-                del schunk, array
-                os.replace(self.temporary, self.path)
-        except (OSError, RuntimeError) as failure:
-            raise self._refusal(failure) from failure
-        finally:
-            self.temporary.unlink(missing_ok=True)
 
-    def _refusal(self, error: BaseException) -> StoreError:
-        return StoreError(f"{self.path}: cannot be written ({error}). Make room on the disk and build again.")
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """blosc2 reports a full disk as RuntimeError; raise it as the OSError that it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def write_array(path: Path, array: np.ndarray) -> str:

@@ -24,7 +24,8 @@ from custom.data.grid.profiles import PROFILES, Values, body_threshold, scaling,
 from custom.data.grid.resample import Regrid, regrid, resample_part, spacing_of, to_ras
 from custom.data.scans import Scan
 from custom.data.store.chunked_array import CHUNK, ArrayWriter, write_array
-from custom.data.store.volume_store import VolumeRecord, sha256_of_file, volume_path, write_text
+from custom.data.store.volume_store import VolumeRecord, store_text, volume_path
+from custom.files import sha256_of_file
 
 _SLAB = 1 << 24  # voxels of the scan that are worked on at a time: 64 MiB as float32 (ours)
 _IN_MEMORY = 1 << 28  # bytes of a resampled scan; a larger one lies in a temporary file (ours)
@@ -98,7 +99,7 @@ def convert(scan: Scan, store: Path, settings: dict[str, Any]) -> VolumeRecord:
         crop_start=list(low),
         scaling=scaled,
     )
-    write_text(record_path(store, scan.name), json.dumps(asdict(record) | {"settings": settings}))
+    store_text(record_path(store, scan.name), json.dumps(asdict(record) | {"settings": settings}))
     return record
 
 

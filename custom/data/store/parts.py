@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from custom.data.scans import Scan
-from custom.data.store.volume_store import write_text
+from custom.data.store.volume_store import store_text
 from custom.errors import AliceError
 
 
@@ -40,7 +40,7 @@ def parse(part: str) -> tuple[int, int]:
 def save_faults(store: Path, part: str, faults: dict[str, dict[str, Any]]) -> None:
     """Leave what a part found wrong for whoever writes the index."""
     number, parts = parse(part)
-    write_text(store / "parts" / f"{number}-of-{parts}.json", json.dumps(faults, indent=1))
+    store_text(store / "parts" / f"{number}-of-{parts}.json", json.dumps(faults, indent=1))
 
 
 def faults_of_parts(store: Path) -> dict[str, dict[str, Any]]:

@@ -12,8 +12,8 @@ import torch
 from ignite.engine import Events
 
 from custom.data.errors import DamagedScan, StoreError
-from custom.data.store.volume_store import write_text
 from custom.errors import AliceError
+from custom.files import write_text
 from custom.processes import names_of_all, rank
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,9 +16,10 @@ import numpy as np
 from custom.data.errors import DamagedScan, StoreError
 from custom.data.grid.profiles import PROFILES, profile_of, window_of
 from custom.data.remote import RemoteFolder, is_url
-from custom.data.store.chunked_array import CHUNK, ChunkedArray
+from custom.data.store.chunked_array import CHUNK, MAKE_ROOM, ChunkedArray
 from custom.data.store.chunked_array import write_array as write_array
 from custom.errors import AliceError
+from custom.files import write_text
 
 FORMAT = "alice-store-3"
 
@@ -290,6 +290,15 @@ def read_index(store: Path) -> dict[str, Any]:
     return index
 
 
+def store_text(path: Path, text: str) -> None:
+    """Write one of a store's JSON files.
+
+    Raises:
+        StoreError: if it cannot be written.
+    """
+    write_text(path, text, sync=True, error=StoreError, advice=MAKE_ROOM)
+
+
 def write_index(
     store: Path,
     settings: dict[str, Any],
@@ -302,41 +311,9 @@ def write_index(
         "settings": settings,
         "volumes": {n: asdict(r) for n, r in sorted(records.items())},
     }
-    write_text(store / "index.json", json.dumps(content, indent=1))
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StoreError(
-            f"{path}: cannot be written ({error}). Make room on the disk and build again."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    store_text(store / "index.json", json.dumps(content, indent=1))
 
 
 def sha256_of_array(array: np.ndarray) -> str:
     """Of the voxels, independent of how they are compressed."""
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-def sha256_of_file(path: Path) -> str:
-    """Of a file's bytes."""
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file)
-        )
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from custom.data.grid.profiles import require_ct
 from custom.data.scans import Scan, list_scans
-from custom.data.store.volume_store import VolumeStore, sha256_of_file, write_text
+from custom.data.store.volume_store import VolumeStore
+from custom.files import sha256_of_file, write_text
 from custom.landmarks.embeddings.file import FORMAT, EmbeddingError, Saved, save_embedding
 from custom.landmarks.embeddings.folder import INDEX, embedding_path, read_folder_index
 from custom.landmarks.embeddings.packing import bits_for

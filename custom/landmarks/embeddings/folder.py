@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from custom.data.store.volume_store import VolumeStore, write_text
+from custom.data.store.volume_store import VolumeStore
+from custom.files import write_text
 from custom.landmarks.embeddings.file import FORMAT, EmbeddingError
 from custom.landmarks.embeddings.stored import StoredEmbedding
 
