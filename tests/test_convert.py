@@ -104,7 +104,7 @@ def test_other_settings_are_refused_by_name_and_unset_ones_are_the_stores(turned
             build_store(turned, tmp_path / "s", SPACING, progress=False, **other)
     with pytest.raises(ValueError, match="margin_mm must be between"):
         build_store(turned, tmp_path / "t", SPACING, progress=False, margin_mm=-1)
-    with pytest.raises(ValueError, match="says nothing without crop_body"):
+    with pytest.raises(ValueError, match="margin_mm = 3 has no effect without crop_body"):
         build_store(turned, tmp_path / "t", SPACING, progress=False, margin_mm=3, crop_body=False)
 
 
@@ -112,7 +112,7 @@ def test_what_a_build_needs_is_told_and_a_small_disk_is_refused_before_anything_
     turned, tmp_path, monkeypatch, caplog
 ):
     usage = type("Usage", (), {"free": 1000})()
-    monkeypatch.setattr("custom.data.store.needs.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("custom.data.store.build_cost.shutil.disk_usage", lambda path: usage)
     with pytest.raises(StoreError, match=r"needs up to .* has 0 MB free.*check_disk=False"):
         build_store(turned, tmp_path / "s", SPACING, progress=False)
     assert not (tmp_path / "s").exists()

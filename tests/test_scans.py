@@ -201,7 +201,7 @@ def test_mismatched_labels_are_refused(tmp_path):
 
 
 def test_other_settings_need_another_store(store, scans):
-    with pytest.raises(StoreError, match="Ask for that, or choose another store_dir"):
+    with pytest.raises(StoreError, match="Ask for the same settings, or choose another store_dir"):
         build_store(scans, store.path, spacing=(2.0, 2.0, 2.0), progress=False)
     with pytest.raises(ValueError, match="between 0.1 and 20"):
         build_store(scans, store.path, spacing=(0.0, 2.0, 2.0), progress=False)
@@ -237,7 +237,12 @@ def test_a_store_remembers_patients_and_what_was_skipped(tmp_path):
         write_scan(tmp_path / "scans" / f"p{i // 2}_s{i}.nii.gz", i)
     (tmp_path / "scans" / "broken.nii.gz").write_bytes(b"")
     built = build_store(
-        tmp_path / "scans", tmp_path / "store", (3.0, 3.0, 4.0), 1, patient_pattern=r"(p\d)_", progress=False
+        tmp_path / "scans",
+        tmp_path / "store",
+        (3.0, 3.0, 4.0),
+        bad_scans_allowed=1,
+        patient_pattern=r"(p\d)_",
+        progress=False,
     )
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "store" / "volumes").iterdir()}
     again = build_store(

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from custom.data.errors import ScanError
 from custom.data.formats.reasons import REJECTED
 from custom.data.intake.records import HISTOGRAM_HU, ScanRecord
-from custom.data.intake.scan_folder import Manifest, cost_of_build
+from custom.data.intake.scan_folder import Manifest
+from custom.data.store.build_cost import default_build_cost
 from custom.report import COLOUR_A, COLOUR_B, Page
 
 _WINDOW_HU = (-160.0, 240.0)  # soft tissue
@@ -40,7 +41,8 @@ def intake_page(manifest: Manifest, *, pictures: int = 12, pairs: int = 6) -> Pa
     }
     page.facts(facts)
     if manifest.usable:
-        page.text(f"{cost_of_build(manifest)}. A body smaller than its scan takes less.")
+        cost = default_build_cost(manifest.scans(fetch=False), manifest.folder)
+        page.text(f"{cost}. A body smaller than its scan takes less.")
     page.section("Counts").table(
         ("kind", "accepted", "warned", "rejected"),
         [(kind, *found.values()) for kind, found in sorted(counts.items())],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import fsspec
 
-from custom.data.arguments import whole_number
+from custom.data.arguments import whole_number, worker_count
 from custom.data.errors import ManifestError
 from custom.data.formats.dicom_series import MIN_SLICES
 from custom.data.formats.reasons import REJECTED
@@ -22,8 +22,6 @@ from custom.data.intake.repeats import mark_duplicates, mark_leaks, mark_spread
 from custom.data.intake.walk import walk
 from custom.data.intake.work import examine, known_records, partial_of, shown
 from custom.data.remote import is_url
-from custom.data.store.needs import MARGIN_MM, SPACING, needs_of
-from custom.processes import default_workers
 
 
 def exit_code(manifest: Manifest) -> int:
@@ -49,7 +47,7 @@ def scan_folder(
     patient_pattern: str | None = None,
     hash_ids: bool = True,
     salt: str | None = None,
-    workers: int = 1,
+    workers: int | None = 1,
     progress: bool = True,
 ) -> Manifest:
     """Find, examine and judge every scan under a folder.
@@ -68,7 +66,7 @@ def scan_folder(
             as they are.
         salt: secret of the hashes; equal salts make patients comparable between manifests. None takes the one kept
             beside ``output`` (``.salt``, readable to its owner only), or draws one.
-        workers: processes.
+        workers: processes; None takes :func:`custom.data.arguments.default_workers`.
         progress: show a bar.
 
     Returns:
@@ -91,7 +89,7 @@ def scan_folder(
             f"patient_pattern {patient_pattern!r} is no regular expression: {error}."
         ) from error
     whole_number("min_slices", min_slices, 1)
-    whole_number("workers", workers, 0)
+    workers = worker_count(workers)
     salt = salt or _kept_salt(output)
     rules = Rules(profile, min_slices, most_bytes, salt, hash_ids, patient_pattern or "")
     manifest = Manifest(folder.resolve(), rules=shown(rules))
@@ -146,12 +144,3 @@ def _kept_salt(output: Path | None) -> str:
             f"{path}: cannot be read or written ({error}). Give a salt, or another output."
         ) from error
     return salt
-
-
-def cost_of_build(manifest: Manifest, workers: int | None = None) -> str:
-    """What ``alice build`` with its defaults will take, in a sentence."""
-    workers = default_workers() if workers is None else workers
-    settings = {"spacing": list(SPACING), "crop_margin_mm": MARGIN_MM}
-    needs = needs_of(manifest.scans(fetch=False), manifest.folder, settings, workers)
-    voxel = " x ".join(f"{size:g}" for size in SPACING)
-    return f"alice build at {voxel} mm: {needs.of_a_build()} with {workers} processes"
