@@ -53,7 +53,7 @@ def test_a_patient_is_read_from_the_path(tmp_path):
     by_folder = {s.name: s.patient for s in list_scans(tmp_path, r"(p\d)/")}
     assert by_folder["s1"] == by_folder["s2"] == "p1" and by_folder["p2_s1"] == "p2"
     assert {s.patient for s in list_scans(tmp_path) if "TCGA" in s.name} == {"TCGA-BC-A3KF"}
-    with pytest.raises(ScanError, match="no regular expression"):
+    with pytest.raises(ScanError, match="not a regular expression"):
         list_scans(tmp_path, "(")
 
 
@@ -72,7 +72,7 @@ def test_datalists_of_monai_and_msd_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, message", [("{", "no readable JSON"), ("[]", "names no image"), ('[{"label": "x"}]', "names no image"),
+    "content, message", [("{", "not readable as JSON"), ("[]", "names no image"), ('[{"label": "x"}]', "names no image"),
                          ('["a.nii.gz", "a.nii.gz"]', "a.nii.gz: listed twice")],
 )  # fmt: skip
 def test_bad_datalists_are_refused(tmp_path, content, message):
@@ -117,7 +117,7 @@ def bad_files(folder):
     add("air", "all air", array=np.where(ct() > 0, -990, -1000).astype(np.int16))
     add("constant", "every voxel is 0", array=np.zeros((5, 6, 7), np.int16))
     add("nan", "1 voxels are NaN", array=nan)
-    add("mr", "no Hounsfield units", array=(ct() + 1000).astype(np.int16))
+    add("mr", "not Hounsfield units", array=(ct() + 1000).astype(np.int16))
     return good, cases
 
 

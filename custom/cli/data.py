@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -143,7 +143,7 @@ def build(
         raise AliceError(
             "Give what to build and where: alice build SCANS STORE; or alice build --check STORE."
         )
-    options = {
+    options: dict[str, Any] = {
         "spacing": spacing,
         "bad_scans_allowed": bad_scans_allowed,
         "workers": workers,

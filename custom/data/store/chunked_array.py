@@ -1,4 +1,4 @@
-"""One array in one chunked, compressed file: written slab by slab, read box by box, a checksum for every chunk."""
+"""An array in a compressed file: written slab by slab, read box by box, with a checksum for every chunk."""
 
 from __future__ import annotations
 
@@ -17,24 +17,21 @@ import numpy as np
 from custom.data.errors import StoreError
 from custom.files import replacing
 
-CHUNK = 64  # voxels a side: a 192x192x64 crop touches few chunks (spec, performance.md section 4)
-BLOCK = 16
+CHUNK = 64  # voxels along each side: a 192 x 192 x 64 crop touches few chunks (docs/performance.md, "Data loading")
+BLOCK = 16  # voxels along each side: the smallest part that is decompressed
 MAKE_ROOM = "Make room on the disk and build again."
 _CHECKSUMS = "crc32"  # of every chunk as compressed, little-endian uint32, in the file's own metadata
 
 
 class ArrayWriter:
-    """Writes an array in slabs along x, beside its place; it is moved there when complete.
+    """Write an array in slabs along x. The file appears when the array is complete.
 
-    Use it in a ``with`` statement; an error in it leaves nothing behind.
+    Use it in a ``with`` statement. An error there leaves no file.
 
     Args:
         path: of the file.
         shape: of the whole array.
         dtype: of its voxels.
-
-    Attributes:
-        sha256: of the voxels written so far, independent of how they are compressed.
 
     Raises:
         StoreError: if the disk is full, or the file cannot be written.
@@ -46,7 +43,7 @@ class ArrayWriter:
 
     @property
     def sha256(self) -> str:
-        """Of the voxels."""
+        """SHA-256 of the voxels written so far; it does not depend on the compression."""
         return self._digest.hexdigest()
 
     def __enter__(self) -> ArrayWriter:
@@ -74,7 +71,7 @@ class ArrayWriter:
         return self
 
     def write(self, slab: np.ndarray) -> None:
-        """The next slab along x; all but the last are a multiple of ``CHUNK`` long."""
+        """Add the next slab along x. All but the last must have a multiple of ``CHUNK`` planes."""
         assert self._array is not None and self._filled % CHUNK == 0, "slabs are whole chunks"
         whole = np.ascontiguousarray(slab, dtype=self.dtype)
         self._digest.update(whole)
@@ -106,7 +103,7 @@ def _disk_errors() -> Iterator[None]:
 
 
 def write_array(path: Path, array: np.ndarray) -> str:
-    """A whole array; its sha256."""
+    """Write a whole array; returns the SHA-256 of its voxels."""
     with ArrayWriter(path, array.shape, array.dtype) as writer:
         for start in range(0, len(array), CHUNK):
             writer.write(array[start : start + CHUNK])
@@ -114,16 +111,16 @@ def write_array(path: Path, array: np.ndarray) -> str:
 
 
 class ChunkedArray:
-    """A file that :class:`ArrayWriter` made, open for reading.
+    """A file of :class:`ArrayWriter`, opened for reading.
 
-    Every chunk's checksum is compared when it is first touched, before anything is decompressed.
+    The checksum of a chunk is compared when the chunk is first read, before it is decompressed.
 
     Raises:
-        RuntimeError: if the file, or on reading a chunk, is damaged.
+        RuntimeError: if the file is damaged, or, while reading, one of its chunks.
     """
 
     def __init__(self, path: Path) -> None:
-        # one thread: parallelism comes from the workers, and a forked worker must not inherit a thread pool
+        # one thread: the workers run in parallel anyway, and a forked worker must not inherit a thread pool
         self._array = blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
         if not isinstance(self._array, blosc2.NDArray):
             raise RuntimeError("it holds no array")
