@@ -49,7 +49,7 @@ class Quarantine:
 
         Args:
             name: of the scan.
-            verify: reads all of it and raises ``DamagedScan``. It is called until the scan is known to be undamaged.
+            verify: reads all of it and raises ``DamagedScan``. A scan that passed is not verified again.
 
         Raises:
             DamagedScan: if the scan is damaged, or was found damaged before.

@@ -29,7 +29,7 @@ class BuildSettings:
         workers: processes that read and resample; None takes :func:`custom.data.arguments.default_workers`.
         patient_pattern: see ``list_scans``; None takes the pattern that the store was built with.
         progress: show a progress bar.
-        profile: of intensities: ct, mr or zscore; None takes the store's, else the manifest's, else ct.
+        profile: of intensities: ct, mr or zscore; None takes the manifest's, else the store's, else ct.
         crop_body: cut volumes to the body's box, so that air needs no room; None takes the store's, else True.
         margin_mm: air kept around that box; None takes the store's, else 10.
         remove_table: set everything that is not near the body to air; None takes the store's, else False.
