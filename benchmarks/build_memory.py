@@ -22,7 +22,7 @@ import numpy as np
 
 BUILD = """
 import json, resource, sys, time
-from custom.data.build import build_store
+from custom.data.store.build import build_store
 began = time.process_time()
 store = build_store(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), progress=False, **json.loads(sys.argv[4]))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -22,7 +22,7 @@ import torch
 
 from custom.data.grid.profiles import window
 from custom.data.store.build import build_store
-from custom.data.store.volume_store import write_text
+from custom.files import write_text
 from custom.landmarks.aligners.sam import SamAligner
 from custom.landmarks.embeddings.file import FORMAT, save_embedding
 from custom.landmarks.embeddings.folder import INDEX, embedding_path
@@ -161,7 +161,9 @@ def run(folder: Path, options: argparse.Namespace) -> None:
         eight[name] = save_embedding(folder / f"{name}.sam", embedding, "w", "s", body=body, fine_bits=8)
         with open(folder / f"{name}.pkl", "wb") as file:  # the authors' storage
             pickle.dump([embedding.fine.half().numpy(), embedding.coarse.half().numpy()], file)
-    write_text(folder / "embeddings" / INDEX, f'{{"format": "{FORMAT}", "weights_sha256": "w"}}')
+    write_text(
+        folder / "embeddings" / INDEX, f'{{"format": "{FORMAT}", "weights_sha256": "w", "profile": "ct"}}'
+    )
 
     query, key = embeddings["q"], embeddings["k"]
     stored_q, stored_k = (StoredEmbedding(saved[name].path) for name in "qk")

@@ -1,18 +1,83 @@
-"""A text file, whole or not at all."""
+"""Files that are written completely or not at all, and their checksums."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+from custom.errors import AliceError
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write UTF-8 text so that ``path`` holds all of it or what it held before."""
+
+@contextlib.contextmanager
+def replacing(
+    path: str | os.PathLike[str],
+    *,
+    sync: bool = False,
+    error: type[AliceError] | None = AliceError,
+    advice: str = "Make room on the disk, or choose another place.",
+    failures: tuple[type[Exception], ...] = (OSError,),
+) -> Iterator[Path]:
+    """Write a file beside its place, then move it there, so that ``path`` holds all of it or what it held before.
+
+    ``with replacing(path) as draft: writer.save(draft)`` works with any writer that takes a path. The file is moved at
+    the end of the block. After an error in the block nothing is moved, and the draft is deleted.
+
+    Args:
+        path: the file to write. Its folder is made if it is missing.
+        sync: wait until the data are on the disk before the file is moved, so that a power cut loses nothing.
+        error: what a failure is raised as; None leaves it as it is.
+        advice: the end of the error's message.
+        failures: what counts as a failure to write.
+
+    Yields:
+        The path to write to: in the same folder, named ``<name>.<process>.tmp``.
+
+    Raises:
+        AliceError: (or ``error``) if the file cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a rename must stay on one disk
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        draft.write_text(text, encoding="utf-8", newline="")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.touch()
+        mode = draft.stat().st_mode
+        yield draft
+        if draft.stat().st_mode != mode:
+            draft.chmod(mode)  # safetensors makes files that only their owner can read
+        if sync:
+            with open(draft, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(draft, path)
+    except failures as failure:
+        if error is None:
+            raise
+        why = getattr(failure, "strerror", None) or failure
+        raise error(f"{path}: cannot be written ({why}). {advice}") from failure
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder itself may be missing
+            draft.unlink(missing_ok=True)
+
+
+def write_text(
+    path: str | os.PathLike[str],
+    text: str,
+    *,
+    sync: bool = False,
+    error: type[AliceError] = AliceError,
+    advice: str = "Make room on the disk, or choose another place.",
+) -> None:
+    """Write UTF-8 text; arguments and errors as :func:`replacing`."""
+    with replacing(path, sync=sync, error=error, advice=advice) as draft:
+        draft.write_text(text, encoding="utf-8", newline="")
+
+
+def sha256_of_file(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes, as hexadecimal text."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import torch
@@ -24,15 +23,6 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes share the run, 1 when alone."""
     return dist.get_world_size() if _many() else 1
-
-
-def default_workers() -> int:
-    """Helper processes where nobody said how many: one a core that this process may use, two to four (ours).
-
-    Never one, which would be no helper: a reader that dies on a damaged file would end the command with it.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(2, min(4, cores))
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 import contextlib
 
+import blosc2
 import numpy as np
 import pytest
 
@@ -26,7 +27,6 @@ def test_slabs_make_the_same_array_as_one_write(tmp_path, array):
             writer.write(array[start : start + 64])
     assert writer.sha256 == digest
     assert np.array_equal(whole(tmp_path / "slabs.b2nd"), array)
-    assert ChunkedArray(tmp_path / "slabs.b2nd").has_checksums
     box = ChunkedArray(tmp_path / "one.b2nd").read((60, 3, 63), (70, 71, 67))
     assert np.array_equal(box, array[60:70, 3:, 63:])
 
@@ -69,3 +69,9 @@ def test_only_chunks_that_are_touched_are_looked_at(tmp_path, array):
     assert np.array_equal(opened.read((0, 0, 0), (20, 20, 20)), array[:20, :20, :20])
     with pytest.raises(RuntimeError, match=r"checksum of chunk \d+ differs"):
         opened.read((0, 0, 0), opened.shape)
+
+
+def test_an_array_without_checksums_is_refused(tmp_path, array):
+    blosc2.asarray(array, urlpath=str(tmp_path / "a.b2nd"))
+    with pytest.raises(RuntimeError, match="checksums are missing"):
+        ChunkedArray(tmp_path / "a.b2nd")

@@ -171,7 +171,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("safetensors.numpy.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(EmbeddingError, match=r"a\.sam: cannot be written \(disk full\)"):
         save_embedding(tmp_path / "a.sam", structured(), WEIGHTS, "s")
     assert not list(tmp_path.iterdir())
 
@@ -280,6 +280,10 @@ def test_other_weights_and_changed_scans_are_refused(model, store, tmp_path):
     (tmp_path / "embeddings.json").write_text(json.dumps(index | {"weights_sha256": "c" * 64}))
     with pytest.raises(EmbeddingError, match="do not compare"):
         EmbeddingFolder(tmp_path)[name]
+    del index["profile"]
+    (tmp_path / "embeddings.json").write_text(json.dumps(index))
+    with pytest.raises(EmbeddingError, match="profile None.*Embed again"):
+        EmbeddingFolder(tmp_path)
     (tmp_path / "embeddings.json").unlink()
     with pytest.raises(EmbeddingError, match="no embeddings here"):
         EmbeddingFolder(tmp_path)

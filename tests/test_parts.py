@@ -6,7 +6,7 @@ from conftest import write_scan
 from custom.data.errors import ScanError
 from custom.data.scans import list_scans
 from custom.data.store.build import build_part, build_store
-from custom.data.store.parts import parse, share
+from custom.data.store.build_parts import parse, share
 from custom.data.store.volume_store import StoreError, VolumeStore
 
 SPACING = (6.0, 6.0, 8.0)
@@ -73,9 +73,9 @@ def test_what_one_part_refused_counts_for_all(folder, tmp_path):
     (tmp_path / "a_bad.nii.gz").write_bytes(b"")  # of part 1/2
     (tmp_path / "z_bad.nii.gz").write_bytes(b"")  # seventh: of part 1/2 too
     with pytest.raises(ScanError, match=r"2 of 7 scans cannot be used, 1 allowed"):
-        build_part(tmp_path, tmp_path / "s", "1/2", SPACING, 1, progress=False)
-    assert build_part(tmp_path, tmp_path / "s", "1/2", SPACING, 2, progress=False) is None
-    made = build_part(tmp_path, tmp_path / "s", "2/2", SPACING, 2, progress=False)
+        build_part(tmp_path, tmp_path / "s", "1/2", SPACING, bad_scans_allowed=1, progress=False)
+    assert build_part(tmp_path, tmp_path / "s", "1/2", SPACING, bad_scans_allowed=2, progress=False) is None
+    made = build_part(tmp_path, tmp_path / "s", "2/2", SPACING, bad_scans_allowed=2, progress=False)
     assert made is not None and made.names == [f"p{i}" for i in range(5)]
     assert set(json.loads((made.path / "report.json").read_text())["refused"]) == {"a_bad", "z_bad"}
 

@@ -84,7 +84,7 @@ def test_pairs_map_every_profile_to_0_to_1(folder, tmp_path, profile, low, high)
 
 
 def test_mr_is_refused_as_ct_and_the_way_out_is_named(folder, tmp_path):
-    with pytest.raises(ScanError, match=r"no Hounsfield units .*give its profile \(mr\)"):
+    with pytest.raises(ScanError, match=r"not Hounsfield units .*give its profile \(mr\)"):
         build_store(folder, tmp_path, SPACING, progress=False)
     with pytest.raises(ProfileError, match="profile must be one of ct, mr, zscore; got 'pet'"):
         build_store(folder, tmp_path, SPACING, progress=False, profile="pet")
@@ -118,5 +118,5 @@ def test_one_value_in_the_body_is_refused(tmp_path):
     volume = np.zeros((61, 53, 31), np.float32)
     volume[15:45, 15:40] = 7
     nib.save(nib.Nifti1Image(volume, np.diag([*SPACING, 1.0])), tmp_path / "flat.nii.gz")
-    with pytest.raises(ScanError, match=r"flat.nii.gz: every voxel of the body has one value"):
+    with pytest.raises(ScanError, match=r"flat.nii.gz: every voxel of the body has the same value"):
         build_store(tmp_path, tmp_path / "s", SPACING, progress=False, profile="mr")

@@ -252,7 +252,7 @@ def test_the_network_sees_z_y_x_growing_towards_superior_posterior_left(model):
 def test_what_is_no_ct_is_refused_by_its_file_and_spoken_of_in_memory(tmp_path, caplog):
     mr = np.random.default_rng(0).integers(0, 900, (9, 10, 11)).astype(np.int16)
     nib.save(nib.Nifti1Image(mr, np.diag([2.0, 2.0, 2.0, 1.0])), tmp_path / "mr.nii.gz")
-    with pytest.raises(ValueError, match=r"mr\.nii\.gz.*no Hounsfield units"):
+    with pytest.raises(ValueError, match=r"mr\.nii\.gz.*not Hounsfield units"):
         read_scan(tmp_path / "mr.nii.gz")
     read_scan((mr, np.eye(4)))
     assert "without air" in caplog.text

@@ -53,7 +53,7 @@ def test_a_patient_is_read_from_the_path(tmp_path):
     by_folder = {s.name: s.patient for s in list_scans(tmp_path, r"(p\d)/")}
     assert by_folder["s1"] == by_folder["s2"] == "p1" and by_folder["p2_s1"] == "p2"
     assert {s.patient for s in list_scans(tmp_path) if "TCGA" in s.name} == {"TCGA-BC-A3KF"}
-    with pytest.raises(ScanError, match="no regular expression"):
+    with pytest.raises(ScanError, match="not a regular expression"):
         list_scans(tmp_path, "(")
 
 
@@ -72,7 +72,7 @@ def test_datalists_of_monai_and_msd_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, message", [("{", "no readable JSON"), ("[]", "names no image"), ('[{"label": "x"}]', "names no image"),
+    "content, message", [("{", "not readable as JSON"), ("[]", "names no image"), ('[{"label": "x"}]', "names no image"),
                          ('["a.nii.gz", "a.nii.gz"]', "a.nii.gz: listed twice")],
 )  # fmt: skip
 def test_bad_datalists_are_refused(tmp_path, content, message):
@@ -117,7 +117,7 @@ def bad_files(folder):
     add("air", "all air", array=np.where(ct() > 0, -990, -1000).astype(np.int16))
     add("constant", "every voxel is 0", array=np.zeros((5, 6, 7), np.int16))
     add("nan", "1 voxels are NaN", array=nan)
-    add("mr", "no Hounsfield units", array=(ct() + 1000).astype(np.int16))
+    add("mr", "not Hounsfield units", array=(ct() + 1000).astype(np.int16))
     return good, cases
 
 
@@ -201,7 +201,7 @@ def test_mismatched_labels_are_refused(tmp_path):
 
 
 def test_other_settings_need_another_store(store, scans):
-    with pytest.raises(StoreError, match="Ask for that, or choose another store_dir"):
+    with pytest.raises(StoreError, match="Ask for the same settings, or choose another store_dir"):
         build_store(scans, store.path, spacing=(2.0, 2.0, 2.0), progress=False)
     with pytest.raises(ValueError, match="between 0.1 and 20"):
         build_store(scans, store.path, spacing=(0.0, 2.0, 2.0), progress=False)
@@ -237,7 +237,12 @@ def test_a_store_remembers_patients_and_what_was_skipped(tmp_path):
         write_scan(tmp_path / "scans" / f"p{i // 2}_s{i}.nii.gz", i)
     (tmp_path / "scans" / "broken.nii.gz").write_bytes(b"")
     built = build_store(
-        tmp_path / "scans", tmp_path / "store", (3.0, 3.0, 4.0), 1, patient_pattern=r"(p\d)_", progress=False
+        tmp_path / "scans",
+        tmp_path / "store",
+        (3.0, 3.0, 4.0),
+        bad_scans_allowed=1,
+        patient_pattern=r"(p\d)_",
+        progress=False,
     )
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "store" / "volumes").iterdir()}
     again = build_store(

@@ -12,7 +12,8 @@ import pytest
 from conftest import write_scan
 
 from custom.data.grid.body import body_mask
-from custom.data.grid.resample import resample, to_ras
+from custom.data.grid.orientation import to_ras
+from custom.data.grid.resample import resample
 from custom.data.store.build import build_store
 from custom.data.store.volume_store import StoreError, VolumeStore, volume_path
 from custom.space import to_voxels, to_world

@@ -25,7 +25,7 @@ from custom.data.grid.profiles import window_of
 from custom.data.intake.manifest import Manifest
 from custom.data.remote import is_url
 from custom.data.scans import Scan, list_scans
-from custom.data.store.needs import MARGIN_MM, needs_of
+from custom.data.store.build_cost import build_cost
 from custom.data.store.volume_store import VolumeStore
 from custom.engine.cost import PeakLiveBytes
 from custom.engine.profile import StepProfile
@@ -204,7 +204,7 @@ def _disk(made: Estimate, get: Any, store: str | Path, opened: VolumeStore | Non
         made.add("scans", None, "", str(error))
         made.add("disk: store", None, "GB")
         return
-    needs = needs_of(listed, Path(store), {"spacing": spacing, "crop_margin_mm": MARGIN_MM}, workers)
+    needs = build_cost(listed, Path(store), spacing, workers=workers)
     made.add("scans", len(listed), "", f"{source}, before any is refused")
     made.add(
         "disk: store", needs.bytes / 1e9, "GB", f"at most, from headers; {needs.free / 1e9:.3g} GB are free"

@@ -19,6 +19,7 @@ from monai.bundle import ConfigParser
 
 from custom import __version__
 from custom.errors import AliceError
+from custom.files import replacing
 
 REPO = Path(__file__).resolve().parents[2]
 MODEL_INFO = REPO / "models" / "model_info.json"
@@ -46,11 +47,9 @@ def package(target: Path, bundles: Path = REPO / "bundles") -> list[Path]:
     """
     built = {f"{release_name(b)}.zip": zip_bundle(b) for b in list_bundles(bundles)}
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in built.items())
-    target.mkdir(parents=True, exist_ok=True)
     for name, data in {**built, "SHA256SUMS": sums.encode()}.items():
-        part = target / f"{name}.tmp"
-        part.write_bytes(data)
-        part.replace(target / name)
+        with replacing(target / name) as draft:
+            draft.write_bytes(data)
     return [target / name for name in built]
 
 

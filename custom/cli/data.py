@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from custom.errors import AliceError
-from custom.processes import default_workers
 
 if TYPE_CHECKING:
     from custom.data.store.volume_store import VolumeStore
@@ -86,7 +85,7 @@ def scan(
         patient_pattern=patient_pattern,
         hash_ids=hash_ids,
         salt=salt,
-        workers=default_workers() if workers is None else workers,
+        workers=workers,
     )
     print(summary(made))
     if report:
@@ -144,35 +143,22 @@ def build(
         raise AliceError(
             "Give what to build and where: alice build SCANS STORE; or alice build --check STORE."
         )
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
+        "spacing": spacing,
+        "bad_scans_allowed": bad_scans_allowed,
+        "workers": workers,
+        "patient_pattern": patient_pattern,
         "profile": profile,
         "crop_body": crop_body,
         "margin_mm": margin_mm,
         "remove_table": remove_table,
+        "check_disk": check_disk,
     }
+    made: VolumeStore | None
     if part is None:
-        made: VolumeStore | None = build_store(
-            source,
-            store,
-            spacing,
-            bad_scans_allowed,
-            default_workers() if workers is None else workers,
-            patient_pattern,
-            check_disk=check_disk,
-            **asked,
-        )
+        made = build_store(source, store, **options)
     else:
-        made = build_part(
-            source,
-            store,
-            str(part),
-            spacing,
-            bad_scans_allowed,
-            default_workers() if workers is None else workers,
-            patient_pattern,
-            check_disk=check_disk,
-            **asked,
-        )
+        made = build_part(source, store, str(part), **options)
     if made is None:
         print(f"{store}: part {part} is done; the index is written when the other parts are.")
         return

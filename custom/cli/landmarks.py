@@ -35,7 +35,8 @@ def embed(
             already stays.
     """
     from custom.data.remote import is_url
-    from custom.data.store.volume_store import VolumeStore, sha256_of_file
+    from custom.data.store.volume_store import VolumeStore
+    from custom.files import sha256_of_file
     from custom.landmarks.embeddings.embed import embed_folder, embed_store
     from custom.landmarks.sam.weights import load_sam_weights, read_sam_metadata
     from custom.transfer.official import load_sam

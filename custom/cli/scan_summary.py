@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from custom.data.intake.manifest import Manifest
-from custom.data.intake.scan_folder import cost_of_build
+from custom.data.store.build_cost import default_build_cost
 
 
 def summary(manifest: Manifest) -> str:
@@ -20,7 +20,7 @@ def summary(manifest: Manifest) -> str:
             "several, say which part of the path tells: --patient_pattern '(PATIENT)', in alice scan and in alice build."
         )
     if manifest.usable:
-        lines.append(cost_of_build(manifest))
+        lines.append(default_build_cost(manifest.scans(fetch=False), manifest.folder))
     for reason, records in manifest.by_reason().items():
         lines.append(f"{len(records):>6}  {reason.value:<18}{reason.sentence}")
         refused = [record.path for record in records if record.status == "rejected"]

@@ -1,4 +1,4 @@
-"""What can be wrong with scans, manifests and stores."""
+"""Errors about scans, manifests and stores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stores at a URL: whole files, fetched once through fsspec into a local folder."""
+"""Files at a URL: each is fetched once, whole, through fsspec into a local folder."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from pathlib import Path
 import fsspec
 
 from custom.data.errors import StoreError
+from custom.files import replacing
 
-CACHE = ".cache/alice/stores"  # in the home folder, unless another is given
+CACHE = ".cache/alice/stores"  # in the home folder; the default place for copies
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is one that fsspec must read (``s3://bucket/store``)."""
+    """Whether a path is a URL that fsspec must read, such as ``s3://bucket/store``."""
     return isinstance(path, str) and "://" in path
 
 
 class RemoteFolder:
-    """The files of a folder at a URL, each copied when it is first asked for.
+    """The files of a folder at a URL. Each is copied when it is first needed.
 
-    Copies are complete or absent, so that many processes may share the folder. fsspec's own ``simplecache`` writes
-    into its final file, where another process would find half of it.
+    A copy is complete or absent, so many processes can share the folder. fsspec's own ``simplecache`` writes into the
+    final file, where another process could find half of it.
 
     Args:
-        url: of the folder, of any protocol that fsspec knows.
-        cache: local folder for the copies; one of the URL's own is made in it.
+        url: of the folder, with any protocol that fsspec knows.
+        cache: local folder for copies; each URL gets a folder of its own in it.
     """
 
     def __init__(self, url: str, cache: str | Path | None = None) -> None:
@@ -38,30 +39,26 @@ class RemoteFolder:
         """The local copy of a file.
 
         Args:
-            name: relative to the URL.
-            version: of its content; another version is another copy.
-            refresh: fetch it even if it is there.
+            name: of the file, relative to the URL.
+            version: of its content; every version has its own copy.
+            refresh: fetch it even if there is a copy.
 
         Raises:
-            StoreError: if it is not there, or cannot be fetched.
+            StoreError: if the file does not exist, or cannot be fetched.
         """
         local = self.folder / (f"{version[:16]}/{name}" if version else name)
         if local.is_file() and not refresh:
             return local
-        temporary = local.with_name(f"{local.name}.{os.getpid()}.tmp")
         try:
-            local.parent.mkdir(parents=True, exist_ok=True)
-            system, path = fsspec.core.url_to_fs(f"{self.url}/{name}")
-            system.get_file(path, str(temporary))
-            os.replace(temporary, local)
+            with replacing(local, error=None) as draft:
+                system, path = fsspec.core.url_to_fs(f"{self.url}/{name}")
+                system.get_file(path, str(draft))
         except FileNotFoundError as error:
             raise StoreError(f"{self.url}/{name}: missing.") from error
         except (OSError, ValueError, ImportError) as error:
             what = f"{type(error).__name__}: {error}"
             raise StoreError(
                 f"{self.url}/{name}: cannot be fetched into {self.folder} ({what}). Install fsspec's package for "
-                "this protocol, give your credentials as it wants them, or copy the store."
+                "this protocol, set up your credentials for it, or copy the store."
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
         return local

@@ -1,4 +1,4 @@
-"""The page of ``alice scan``: what a folder holds, what was refused and why, and what is there twice."""
+"""The HTML page of ``alice scan``: the scans of a folder, what was refused and why, and duplicates."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from matplotlib.figure import Figure
 
 from custom.data.errors import ScanError
 from custom.data.formats.reasons import REJECTED
-from custom.data.intake.records import HISTOGRAM_HU, ScanRecord
-from custom.data.intake.scan_folder import Manifest, cost_of_build
+from custom.data.intake.scan_folder import Manifest
+from custom.data.intake.scan_record import HISTOGRAM_HU, ScanRecord
+from custom.data.store.build_cost import default_build_cost
 from custom.report import COLOUR_A, COLOUR_B, Page
 
 _WINDOW_HU = (-160.0, 240.0)  # soft tissue
-_ROWS = 200  # of a table; the manifest has them all
+_ROWS = 200  # of a table; the manifest has all
 
 
 def intake_page(manifest: Manifest, *, pictures: int = 12, pairs: int = 6) -> Page:
     """Counts, refusals by reason, voxel sizes, HU, middle slices, and duplicates side by side.
 
     Args:
-        manifest: of a folder that is still there, since the pictures are read from it.
-        pictures: scans to show, spread evenly over the usable ones.
-        pairs: duplicates to show.
+        manifest: of a folder that still exists, since the pictures are read from it.
+        pictures: number of scans to show, spread evenly over the usable ones.
+        pairs: number of duplicates to show.
     """
     page = Page(f"Scans in {_printable(manifest.folder.name)}", "What was found, taken and refused.")
     counts = manifest.counts()
@@ -40,7 +41,8 @@ def intake_page(manifest: Manifest, *, pictures: int = 12, pairs: int = 6) -> Pa
     }
     page.facts(facts)
     if manifest.usable:
-        page.text(f"{cost_of_build(manifest)}. A body smaller than its scan takes less.")
+        cost = default_build_cost(manifest.scans(fetch=False), manifest.folder)
+        page.text(f"{cost}. A body smaller than its scan takes less.")
     page.section("Counts").table(
         ("kind", "accepted", "warned", "rejected"),
         [(kind, *found.values()) for kind, found in sorted(counts.items())],
@@ -55,14 +57,14 @@ def intake_page(manifest: Manifest, *, pictures: int = 12, pairs: int = 6) -> Pa
     )
     if manifest.others:
         passed = ", ".join(f"{number} {_printable(kind)}" for kind, number in sorted(manifest.others.items()))
-        page.text(f"Passed over, as they hold no scan: {passed}.")
+        page.text(f"Ignored, because they hold no scan: {passed}.")
     page.section("Why")
     reasons = manifest.by_reason()
     if not reasons:
-        page.text("Nothing was refused, and there is nothing to warn of.")
+        page.text("Nothing was refused, and there are no warnings.")
     else:
         page.table(
-            ("reason", "makes it", "files", "what it means"),
+            ("reason", "status", "files", "what it means"),
             [(reason.value, reason.status, len(found), reason.sentence) for reason, found in reasons.items()],
         )
         listed = [record for record in manifest.records if record.reasons]
@@ -81,7 +83,7 @@ def intake_page(manifest: Manifest, *, pictures: int = 12, pairs: int = 6) -> Pa
             page.figure(hu_figure(cts), f"HU of {len(cts)} usable CTs, each with the same weight.")
     repeated = [record for record in manifest.records if record.duplicate_of]
     if repeated:
-        page.section("There twice")
+        page.section("Duplicates")
         by_id = {record.id: record for record in manifest.records}
         for record in repeated[:pairs]:
             both = [by_id[record.duplicate_of or ""], record] if record.duplicate_of in by_id else [record]
@@ -125,7 +127,7 @@ def hu_figure(histograms: Sequence[Sequence[float]]) -> Figure:
 
 
 def middle_slice(manifest: Manifest, record: ScanRecord, longest: int = 192) -> np.ndarray:
-    """The axial slice in the middle of a scan as a picture in [0, 1], square pixels, anterior on top.
+    """The axial slice in the middle of a scan, as a picture in [0, 1] with square pixels and anterior on top.
 
     Raises:
         ScanError: if the scan can no longer be read.
@@ -148,7 +150,7 @@ def middle_slice(manifest: Manifest, record: ScanRecord, longest: int = 192) -> 
 
 
 def _detail(record: ScanRecord, paths: dict[str, str]) -> str:
-    """Numbers that explain a reason, what a scan repeats, and what it leaks into."""
+    """Details of a reason: numbers, the scan that this one repeats, and the lists that also have it."""
     repeated = (
         record.duplicate_of and f"repeats {_printable(paths.get(record.duplicate_of, record.duplicate_of))}"
     )
@@ -160,7 +162,7 @@ def _gallery(page: Page, manifest: Manifest, records: Sequence[ScanRecord], capt
     for record in records:
         try:
             picture = middle_slice(manifest, record)
-        except ScanError:  # refused scans may be shown beside what they repeat
+        except ScanError:  # a refused scan may be shown beside the one that it repeats
             picture = np.zeros((8, 8))
         images.append((picture, _printable(record.path)))
     page.gallery(images, caption)
@@ -172,5 +174,5 @@ def _spacing_ras(record: ScanRecord) -> np.ndarray:
 
 
 def _printable(text: str) -> str:
-    """A name that may hold bytes that are no UTF-8."""
+    """A file name without the bytes that are not valid UTF-8."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,11 +1,11 @@
-"""A list of scans from a folder or a datalist, and one scan read and checked."""
+"""List the scans of a folder or datalist; read and check one scan."""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,20 +17,20 @@ from custom.data.formats.reasons import Fault, Reason
 
 logger = logging.getLogger(__name__)
 
-NO_AIR_HU = -200  # the least value of a scan that shows no air (ours)
+NO_AIR_HU = -200  # a scan with no value below this shows no air (ours)
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 _LABEL_NAME = re.compile(r"(^|[_\-. ])(labels?|seg|segmentation|mask)$|^label\d+$", re.IGNORECASE)
 _LABEL_FOLDER = re.compile(r"^(labels?|masks?|seg(mentation)?s?)(tr|ts|va)?$", re.IGNORECASE)
 _IMAGE_TAIL = re.compile(r"([_\-](ct|image|img|\d{4}))$", re.IGNORECASE)
-# TCGA patient barcodes (GDC's naming): several scans of one patient carry the same first three fields
-_TCGA = re.compile(r"TCGA-\w{2}-\w{4}", re.IGNORECASE)
+# TCGA patient barcodes: the first three fields name the patient (https://docs.gdc.cancer.gov/Encyclopedia)
+TCGA_BARCODE = re.compile(r"TCGA-\w{2}-\w{4}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Scan:
     """One scan of a datalist."""
 
-    name: str  # unique in its list, fit for a file name
+    name: str  # unique in its list, and usable as a file name
     image: Path
     patient: str
     label: Path | None = None
@@ -40,19 +40,19 @@ class Scan:
 def list_scans(source: str | Path, patient_pattern: str | None = None) -> list[Scan]:
     """Scans of a folder (searched recursively) or of a datalist JSON, in a fixed order.
 
-    A file is taken for a label, and paired with its image, if its name ends in ``_label``, ``_seg``, ``_mask``
-    or its folder is called ``labels``, ``labelsTr`` and the like. A datalist is MONAI's or the MSD's: a list of
-    ``{"image": ..., "label": ..., "patient": ...}`` (or paths), or an object with such lists under ``training``
-    or other keys; paths are relative to the JSON.
+    A file is a label, and is paired with its image, if its name ends in ``_label``, ``_seg`` or ``_mask``, or if its
+    folder is called ``labels``, ``labelsTr`` and the like. A datalist is in MONAI's or the MSD's format: a list of
+    ``{"image": ..., "label": ..., "patient": ...}`` (or of paths), or an object with such lists under ``training`` or
+    other keys. Its paths are relative to the JSON.
 
     Args:
         source: folder or JSON.
-        patient_pattern: regular expression found in an image's path; its first group (or the whole match)
-            is the patient. None takes TCGA barcodes where there are any; else the folder, if file names repeat
-            from folder to folder; else one patient per scan.
+        patient_pattern: regular expression that finds the patient in the path of an image, as its first group or as
+            the whole match. None takes TCGA barcodes; else the folder, if several folders have files of the same names;
+            else every scan is a patient of its own.
 
     Raises:
-        ScanError: for a missing, empty or unreadable source, or a file listed twice.
+        ScanError: if the source is missing, empty or unreadable, or lists a file twice.
     """
     source = Path(source).expanduser()
     if source.is_dir():
@@ -74,11 +74,11 @@ def list_scans(source: str | Path, patient_pattern: str | None = None) -> list[S
 
 def _folder_records(folder: Path) -> list[dict]:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name.lower().endswith(IMAGE_SUFFIXES))
-    labels = {_pair_key(p): p for p in files if _is_label(p)}
+    labels = {pair_key(p): p for p in files if is_label(p)}
     records = []
-    for image in (p for p in files if not _is_label(p)):
-        # a case number may look like nnU-Net's channel number: the whole name first, then without its tail
-        whole, cut = _pair_key(image), _pair_key(image, cut_tail=True)
+    for image in (p for p in files if not is_label(p)):
+        # a case number may look like nnU-Net's channel number, so the whole name is tried first
+        whole, cut = pair_key(image), pair_key(image, cut_tail=True)
         records.append({"image": image, "label": labels.pop(whole, None) or labels.pop(cut, None)})
     if labels:
         listed = ", ".join(str(p.relative_to(folder)) for p in list(labels.values())[:3])
@@ -86,12 +86,13 @@ def _folder_records(folder: Path) -> list[dict]:
     return records
 
 
-def _is_label(path: Path) -> bool:
+def is_label(path: Path) -> bool:
+    """Whether a file is a label, by its name or that of its folder."""
     return bool(_LABEL_NAME.search(stem(path)) or _LABEL_FOLDER.match(path.parent.name))
 
 
-def _pair_key(path: Path, cut_tail: bool = False) -> tuple[str, str]:
-    """What an image and its label share: the case's name, and the folder above ``images``/``labels``."""
+def pair_key(path: Path, cut_tail: bool = False) -> tuple[str, str]:
+    """What an image and its label have in common: the name of the case, and the folder above ``images``/``labels``."""
     name = re.sub(r"[_\-. ]?(labels?|seg|segmentation|mask)$", "", stem(path), flags=re.IGNORECASE)
     name = re.sub(r"^(label|img|image)(?=\d)", "", name, flags=re.IGNORECASE)
     name = _IMAGE_TAIL.sub("", name) if cut_tail else name
@@ -107,7 +108,7 @@ def _datalist_records(path: Path) -> list[dict]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ScanError(
-            f"{path}: no readable JSON ({error}). A datalist is a JSON list of images."
+            f"{path}: not readable as JSON ({error}). A datalist is a JSON list of images."
         ) from error
     groups = [content] if isinstance(content, list) else [v for v in content.values() if isinstance(v, list)]
     records = []
@@ -127,7 +128,7 @@ def _to_scans(source: Path, records: Iterable[dict], pattern: str | None) -> lis
     try:
         compiled = re.compile(pattern) if pattern else None
     except re.error as error:
-        raise ScanError(f"patient_pattern {pattern!r} is no regular expression: {error}.") from error
+        raise ScanError(f"patient_pattern {pattern!r} is not a regular expression: {error}.") from error
     scans: list[Scan] = []
     seen: dict[Path, str] = {}
     names: set[str] = set()
@@ -145,7 +146,7 @@ def _to_scans(source: Path, records: Iterable[dict], pattern: str | None) -> lis
         while name in names:
             name += "_"
         names.add(name)
-        # one folder a patient, where names repeat from folder to folder; else one scan a patient
+        # if several folders have files of the same names, each folder is a patient; else each scan is one
         alone = relative.parent.as_posix() if repeated and relative.parent.name else short
         patient = record.get("patient") or _patient_of(str(relative), alone, compiled)
         label = record.get("label")
@@ -155,14 +156,14 @@ def _to_scans(source: Path, records: Iterable[dict], pattern: str | None) -> lis
 
 
 def _patient_of(path: str, short: str, pattern: re.Pattern | None) -> str:
-    found = (pattern or _TCGA).search(path)
+    found = (pattern or TCGA_BARCODE).search(path)
     if found is None:
         return short
     return found.group(1) if found.groups() else found.group(0)
 
 
 def stem(path: Path) -> str:
-    """A scan's file name without its suffix, ``.nii.gz`` counted as one."""
+    """The name of a scan's file without its suffix; ``.nii.gz`` counts as one suffix."""
     for suffix in IMAGE_SUFFIXES:
         if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
@@ -170,17 +171,17 @@ def stem(path: Path) -> str:
 
 
 def read_volume(path: Path, any_grid: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels and affine of a scan, whatever is wrong with the file said in one line.
+    """Voxels and affine of a scan.
 
     Args:
-        path: NIfTI, NRRD or MetaImage; read as ``alice scan`` reads it, checksums and promised sizes included.
+        path: NIfTI, NRRD or MetaImage. Checksums and sizes are checked, as ``alice scan`` does.
         any_grid: see :func:`custom.data.formats.open_scan.open_scan`.
 
     Returns:
-        Array (X, Y, Z) as stored (float32, if the header scales), and the voxel-to-world affine (4, 4) in RAS mm.
+        Array (X, Y, Z) as stored (float32 if the header scales it), and the affine (4, 4), voxel to RAS mm.
 
     Raises:
-        ScanError: naming the file and what is wrong with it.
+        ScanError: naming the file and what is wrong with it, in one line.
     """
     path = Path(path)
     if not path.is_file():
@@ -200,14 +201,14 @@ def read_volume(path: Path, any_grid: bool = True) -> tuple[np.ndarray, np.ndarr
 
 
 def _plainly(fault: Fault) -> str:
-    """A reason as the end of an error's line."""
+    """What is wrong with a file, and the way out, to follow its name."""
     if fault.reason is Reason.EMPTY_FILE:
         return "the file is empty (0 bytes). Copy it again."
     if fault.reason in (Reason.TRUNCATED, Reason.BAD_CHECKSUM):
         return f"truncated or damaged ({fault.detail or fault.reason.value}). Copy it again."
     if fault.reason in (Reason.TWO_D, Reason.FOUR_D) or (fault.reason is Reason.COLOUR and fault.detail):
         shape = fault.detail.replace("[", "(").replace("]", ")")
-        return f"has {shape}; a 3D volume is wanted. Split it, or leave it out."
+        return f"has {shape}; a 3D volume is needed. Split it, or leave it out."
     if fault.reason is Reason.SINGULAR_AFFINE:
         return "its affine cannot be inverted. Convert the scan again from its source."
     return f"not a readable image ({fault.reason.value}). {fault}"
@@ -240,11 +241,6 @@ def refuse_hu(path: Path, low: float, high: float) -> None:
         raise ScanError(f"{path}: all air (largest value {high:g} HU). Leave it out.")
     if low > NO_AIR_HU:
         raise ScanError(
-            f"{path}: values run from {low:g} to {high:g}, without air: these are no Hounsfield units "
+            f"{path}: values run from {low:g} to {high:g}, without air: these are not Hounsfield units "
             "(MR, or CT without its intercept?). Convert it to HU, give its profile (mr), or leave it out."
         )
-
-
-def patients_of(scans: Sequence[Scan]) -> list[str]:
-    """The patients, each once, in order."""
-    return sorted({scan.patient for scan in scans})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from custom.errors import AliceError
+from custom.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -40,22 +40,19 @@ def save_checkpoint(folder: Path, iteration: int, content: dict[str, Any], keep:
         CheckpointError: if the disk is full or cannot be written.
     """
     path = checkpoint_path(folder, iteration)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("iteration_*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink(missing_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, "iteration": iteration, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise CheckpointError(
-            f"{path}: cannot be written ({error}). Make room; older checkpoints are untouched."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    for leftover in folder.glob("iteration_*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)
+    with (
+        replacing(
+            path,
+            sync=True,
+            error=CheckpointError,
+            advice="Make room; older checkpoints are untouched.",
+            failures=(OSError, RuntimeError),  # torch reports a full disk as RuntimeError
+        ) as draft,
+        open(draft, "wb") as file,
+    ):
+        torch.save({"format": FORMAT, "iteration": iteration, **content}, file)
     for old in list(checkpoints_of(folder))[: -max(keep, 1)]:
         old.unlink(missing_ok=True)
     return path

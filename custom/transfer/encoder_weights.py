@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
 import logging
-import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +25,7 @@ from custom.encoders.masked_vit import MaskedViT
 from custom.encoders.nnformer import NNFormer
 from custom.encoders.positions import resize_positions
 from custom.errors import AliceError
+from custom.files import replacing, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -103,33 +102,19 @@ def save_encoder(
         state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     # of everything in the summary, the version that wrote this file is the one that counts for its keys
     metadata = {**metadata, "format": FORMAT, "monai_version": monai.__version__, "sha256": sha256_of(state)}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix not in (".safetensors", ".pt"):
+        raise WeightsError(
+            f"{path}: write to .safetensors or .pt, not {path.suffix or 'a name without suffix'}."
+        )
+    failures = (OSError, RuntimeError, SafetensorError)  # torch reports a full disk as RuntimeError
+    with replacing(path, sync=True, error=WeightsError, failures=failures) as draft:
         if path.suffix == ".safetensors":
-            save_file(state, temporary, metadata={"alice": json.dumps(metadata)})
-            _readable_as_any_other(temporary)
-        elif path.suffix == ".pt":
-            torch.save(state, temporary)
-            path.with_suffix(".json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+            save_file(state, draft, metadata={"alice": json.dumps(metadata)})
         else:
-            raise WeightsError(
-                f"{path}: write to .safetensors or .pt, not {path.suffix or 'a name without suffix'}."
-            )
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise WeightsError(f"{path}: cannot be written ({error}).") from error
-    finally:
-        with contextlib.suppress(OSError):  # the folder itself may be what is missing
-            temporary.unlink(missing_ok=True)
+            with open(draft, "wb") as file:
+                torch.save(state, file)
+            write_text(path.with_suffix(".json"), json.dumps(metadata, indent=1), error=WeightsError)
     return metadata
-
-
-def _readable_as_any_other(path: Path) -> None:
-    """Safetensors writes for the owner alone; a new file is otherwise for whom the umask says."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import pickle
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from custom.encoders.nnformer import NNFormer, PositionEmbedding
 from custom.errors import AliceError
+from custom.files import sha256_of_file
 from custom.landmarks.sam.network import SAM
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def load_sam(path: str | PathLike[str]) -> SAM:
     weights = _read_sam(path, model)
     model.load_state_dict(weights.state, strict=False)  # only counters may be missing, as was seen to
     _log(path, weights)
-    model.eval().weights_sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    model.eval().weights_sha256 = sha256_of_file(path)
     return model
 
 

@@ -1,4 +1,7 @@
-"""What one DICOM file says, read without its pixels and without a library."""
+"""Read the header of one DICOM file that may be damaged, without its pixels.
+
+Written by hand, because pydicom accepts some damaged files that this reader refuses.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _LONG_VRS = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN
 _IMPLICIT, _DEFLATED, _BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"
 _NATIVE = (_IMPLICIT, "1.2.840.10008.1.2.1", _BIG)
 _PIXELS = (0x7FE0, 0x0010)
-_TAGS = {  # the only elements that are read at all
+_TAGS = {  # only these elements are read
     (0x0002, 0x0010): "syntax",
     (0x0008, 0x0008): "image_type",
     (0x0008, 0x0060): "modality",
@@ -45,7 +48,7 @@ _NUMBER = ("tilt", "intercept", "slope")
 
 @dataclass
 class SliceHeader:
-    """What of one file decides where it belongs. ``patient_id`` and the UIDs never leave the process as they are."""
+    """The header of one file, as far as sorting needs it. ``patient_id`` and the UIDs are hashed before they leave the process."""
 
     path: Path
     patient_id: str = field(default="", repr=False)
@@ -72,16 +75,16 @@ class SliceHeader:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file carries DICOM's mark."""
+    """Whether a file has the DICOM mark after its preamble."""
     with open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM"
 
 
 def read_header(path: str | Path) -> SliceHeader:
-    """The elements we need of one file, pixels untouched.
+    """The elements of one file that we need; pixels are not read.
 
     Raises:
-        Fault: if the file is empty, no DICOM, damaged or truncated (its pixels included).
+        Fault: if the file is empty, not DICOM, damaged, or truncated (also in the pixels).
     """
     path = Path(path)
     try:
@@ -170,7 +173,7 @@ def _skip(file: BinaryIO, length: int, size: int) -> None:
 
 
 def _check_pixels(file: BinaryIO, length: int, size: int, found: dict[str, bytes], order: str) -> None:
-    """Are the pixels all there?"""
+    """Refuse a file that does not hold all of its pixels."""
     if length != _UNDEFINED:
         if length > size - file.tell():
             raise Fault(Reason.TRUNCATED, f"{length} bytes of pixels promised, {size - file.tell()} there")
@@ -182,7 +185,7 @@ def _check_pixels(file: BinaryIO, length: int, size: int, found: dict[str, bytes
             reason = Reason.BOMB if promised > 1000 * max(length, 1 << 16) else Reason.TRUNCATED
             raise Fault(reason, f"{promised} bytes of pixels promised, {length} there")
         return
-    while True:  # fragments of a compressed picture
+    while True:  # the pieces of a compressed picture
         start = file.read(8)
         if len(start) < 8:
             raise Fault(Reason.TRUNCATED, "in the pixels")

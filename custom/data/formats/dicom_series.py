@@ -1,4 +1,4 @@
-"""DICOM slices sorted into single acquisitions, and what is wrong with each."""
+"""Sort DICOM slices into single acquisitions, and find what is wrong with each."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import numpy as np
 from custom.data.formats.dicom_header import SliceHeader
 from custom.data.formats.reasons import Reason
 
-MIN_SLICES = 16  # ours: fewer make no crop
+MIN_SLICES = 16  # too thin for a crop with fewer (ours)
 _PROJECTIONS = {"MIP", "MINIP", "MNIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE", "PROJECTION", "VRT", "SSD", "CPR",
                 "CURVED", "VOLUME RENDERED", "THICK_MIP", "3D"}  # fmt: skip
 
 
 @dataclass
 class Series:
-    """One acquisition: slices in order, and what is wrong with it."""
+    """One acquisition: its slices in order, and what is wrong with it."""
 
     slices: list[SliceHeader]
     reasons: list[Reason] = field(default_factory=list)
     detail: str = ""
-    part: int = 0  # of a series that was split, from 1
+    part: int = 0  # number, from 1, if the series was split
 
     @property
     def files(self) -> list[Path]:
@@ -34,14 +34,14 @@ class Series:
 
 
 def sort_series(headers: Iterable[SliceHeader], min_slices: int = MIN_SLICES) -> list[Series]:
-    """Slices of one folder as single acquisitions, each with what is wrong with it.
+    """Sort the slices of one folder into single acquisitions.
 
-    A series is split where its slices differ in kind, size or direction, and, if its slices are not evenly
-    spaced, by acquisition and by time.
+    A series is split where its slices differ in kind, size or direction. If its slices are not evenly spaced, it is also
+    split by acquisition number and by time.
 
     Args:
-        headers: of the folder's files, in any order.
-        min_slices: fewer are refused.
+        headers: of the files in a folder, in any order.
+        min_slices: a series with fewer slices is refused.
     """
     groups: dict[tuple, list[SliceHeader]] = defaultdict(list)
     for one in headers:
@@ -84,7 +84,7 @@ def _split(slices: list[SliceHeader]) -> list[list[SliceHeader]]:
 
 def _split_by(slices: list[SliceHeader], attribute: str) -> list[list[SliceHeader]]:
     finer = [slices] if _is_even(slices) else _by(slices, lambda one: getattr(one, attribute))
-    # some scanners number every slice's acquisition: that tells nothing
+    # some scanners give every slice an acquisition number of its own: these are useless
     return finer if len(finer) <= max(1, len(slices) // 2) else [slices]
 
 
@@ -100,7 +100,7 @@ def _is_projection(one: SliceHeader) -> bool:
 
 
 def _heights(slices: Sequence[SliceHeader]) -> np.ndarray | None:
-    """Positions along the slices' normal in mm."""
+    """Positions of the slices along their normal, in mm; None if one does not say where it lies."""
     if any(len(s.position) != 3 or len(s.orientation) != 6 for s in slices):
         return None
     positions = np.array([s.position for s in slices])
@@ -115,7 +115,7 @@ def _is_even(slices: Sequence[SliceHeader]) -> bool:
 
 
 def _gap_fault(heights: np.ndarray) -> tuple[Reason, str] | None:
-    """What is wrong with sorted positions."""
+    """What is wrong with the sorted positions of slices."""
     if len(heights) < 2:
         return None
     gaps = np.diff(heights)
@@ -177,7 +177,7 @@ def _finite(*values: float | None) -> bool:
 
 
 def _tilt(slices: Sequence[SliceHeader]) -> float:
-    """Degrees between the stack and the slices' normal; the positions' word counts, not the tag's."""
+    """Degrees between the stack and the normal of its slices. Taken from the positions, not from the tag."""
     if len(slices) < 2:
         return 0.0
     step = np.subtract(slices[-1].position, slices[0].position)

@@ -1,4 +1,4 @@
-"""One DICOM series as a volume."""
+"""Read one DICOM series as a volume."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from custom.data.formats.reasons import REJECTED, Fault, Reason
 
 
 def read_series(files: Sequence[str | Path]) -> tuple[np.ndarray, np.ndarray]:
-    """One series as a volume; compressed pixels are decoded by GDCM.
+    """Read one series as a volume. GDCM decodes compressed pixels.
 
     Args:
         files: the slices of one acquisition, in any order.
 
     Returns:
-        Values (X, Y, Z), HU for CT, int16 if they are whole numbers, else float32; and the voxel-to-world affine
-        (4, 4) in RAS mm.
+        Values (X, Y, Z): HU for CT, int16 if all are whole numbers, else float32. And the affine (4, 4), voxel to RAS mm.
 
     Raises:
-        ScanError: if the files are not slices of one even stack, or one cannot be decoded.
+        ScanError: if the files are not evenly spaced slices of one acquisition, or one cannot be decoded.
     """
     if not files:
         raise ScanError("No DICOM file was given.")
@@ -43,7 +42,7 @@ def read_series(files: Sequence[str | Path]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stack(series: Series) -> tuple[np.ndarray, np.ndarray]:
-    """The volume of a series that :func:`sort_series` found no fault with.
+    """The volume of a series that :func:`sort_series` found nothing wrong with.
 
     Raises:
         Fault: if a slice cannot be decoded.
@@ -65,11 +64,11 @@ def stack(series: Series) -> tuple[np.ndarray, np.ndarray]:
     affine[:3, 1] = np.array(first.orientation[3:]) * first.spacing[0]
     affine[:3, 2] = np.subtract(last.position, first.position) / max(1, len(slices) - 1)
     affine[:3, 3] = first.position
-    return volume, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # DICOM speaks LPS
+    return volume, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # DICOM uses LPS
 
 
 def _decode(one: SliceHeader) -> np.ndarray:
-    import itk  # slow to import, and only needed here
+    import itk  # slow to import, and needed only here
 
     try:
         reader = itk.ImageFileReader[itk.Image[itk.F, 3]].New()

@@ -1,4 +1,4 @@
-"""Bytes of an untrusted file: never more than it can hold, to the last checksum, or a reason why not."""
+"""Read the bytes of a file that may be damaged: never more than it can hold, and up to the last checksum."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ import numpy as np
 
 from custom.data.formats.reasons import Fault, Reason
 
-DEFLATE_RATIO = 1032  # zlib cannot compress better than this (zlib's technical notes)
+DEFLATE_RATIO = 1032  # the best that zlib can compress (https://zlib.net/zlib_tech.html)
 LONGEST_HEADER = 1 << 20
-_TAIL_BYTES = 1 << 20  # after the voxels, read only to reach the checksum
+_TAIL_BYTES = 1 << 20  # after the voxels; they are read only to reach the checksum
 
 
 def voxel_type(name: str, types: dict[str, tuple[str, ...]], big: bool) -> np.dtype:
+    """The numpy type of a format's type name; ``types``: numpy code -> names; ``big``: big-endian.
+
+    Raises:
+        Fault: for a name that is not known.
+    """
     for code, names in types.items():
         if name in names:
             return np.dtype((">" if big else "<") + code)
@@ -26,7 +31,7 @@ def voxel_type(name: str, types: dict[str, tuple[str, ...]], big: bool) -> np.dt
 
 
 def text_header(file: BinaryIO, line_of: re.Pattern, stop: str) -> dict[str, str]:
-    """``key: value`` lines up to a blank line (``stop`` empty) or past the line of key ``stop``."""
+    """The ``key: value`` lines of a header, up to the line with key ``stop``, or to a blank line if ``stop`` is empty."""
     fields: dict[str, str] = {}
     while file.tell() < LONGEST_HEADER:
         line = file.readline(LONGEST_HEADER)
@@ -47,7 +52,7 @@ def text_header(file: BinaryIO, line_of: re.Pattern, stop: str) -> dict[str, str
 
 
 def detached(path: Path, name: str | None, root: Path) -> Path:
-    """The file with the voxels, which must lie in the folder that is scanned."""
+    """The file with the voxels. It must lie in the scanned folder."""
     if not name:
         return path
     data = path.parent / name
@@ -59,15 +64,27 @@ def detached(path: Path, name: str | None, root: Path) -> Path:
 
 
 def enough_bytes(stored: int, promised: int, packed: bool, ratio: int = DEFLATE_RATIO) -> None:
+    """Refuse a file that cannot hold as many bytes as its header promises.
+
+    Args:
+        stored: bytes in the file.
+        promised: bytes of voxels.
+        packed: whether the data are compressed.
+        ratio: the best possible compression.
+
+    Raises:
+        Fault: if the file is too small.
+    """
     if packed and promised > max(stored, 64) * ratio:
         raise Fault(Reason.BOMB, f"{promised} bytes promised by {stored}")
     if not packed and promised > stored:
-        # a header that promises a thousand times the file is no accident of copying
+        # a file that was cut short while it was copied does not lack a thousand times its size
         reason = Reason.BOMB if promised > max(stored, 1 << 16) * 1000 else Reason.TRUNCATED
         raise Fault(reason, f"{promised} bytes promised, {stored} there")
 
 
 def read_or_fault(stream: Any, count: int) -> bytes:
+    """Read at most ``count`` bytes; damage in compressed data is raised as a ``Fault``."""
     try:
         return stream.read(count)
     except EOFError as error:
@@ -77,8 +94,8 @@ def read_or_fault(stream: Any, count: int) -> bytes:
 
 
 def read_exactly(stream: Any, start: bytes, offset: int, count: int) -> memoryview:
-    """``count`` bytes from ``offset`` on, of a stream that ``start`` was read from; then on to its checksum."""
-    content = memoryview(np.empty(count, np.uint8))  # not touched before there are data for it
+    """``count`` bytes at ``offset`` of a stream whose first bytes, ``start``, were read before; then read to its checksum."""
+    content = memoryview(np.empty(count, np.uint8))  # the system gives memory only where it is written
     early = start[offset:][:count]
     content[: len(early)] = early
     filled = len(early)
@@ -104,6 +121,11 @@ def read_exactly(stream: Any, start: bytes, offset: int, count: int) -> memoryvi
 
 
 def inflate(packed: bytes, count: int) -> bytes:
+    """Decompress exactly ``count`` bytes.
+
+    Raises:
+        Fault: if there are more or fewer bytes, or they are damaged.
+    """
     decoder = zlib.decompressobj()
     try:
         content = decoder.decompress(packed, count)

@@ -1,4 +1,4 @@
-"""MetaImage, opened with suspicion."""
+"""Read MetaImage files that may be damaged (https://itk.org/Wiki/ITK/MetaIO/Documentation)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _META_TYPES = {
 
 
 def open_metaimage(path: Path, root: Path, most_bytes: int) -> Voxels:
-    """Voxels of a .mha or .mhd; errors as :func:`intake.open_scan`'s."""
+    """Voxels of a .mha or .mhd; errors as in :func:`custom.data.formats.open_scan.open_scan`."""
     with open(path, "rb") as file:
         if not re.match(rb"\s*(ObjectType|NDims|Comment|ObjectSubType)\s*=", file.read(64)):
             raise Fault(Reason.NOT_AN_IMAGE, "no MetaImage header")

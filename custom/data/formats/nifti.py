@@ -1,4 +1,4 @@
-"""NIfTI, opened with suspicion."""
+"""Read NIfTI files that may be damaged (https://nifti.nimh.nih.gov)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NIFTI_SIZES = {
 
 
 def open_nifti(path: Path, most_bytes: int) -> Voxels:
-    """Voxels of a .nii or .nii.gz; errors as :func:`intake.open_scan`'s."""
+    """Voxels of a .nii or .nii.gz; errors as in :func:`custom.data.formats.open_scan.open_scan`."""
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     if not packed and path.name.lower().endswith(".gz"):
@@ -77,9 +77,9 @@ def _nifti_header(start: bytes) -> Any:
 def _nifti_scale(header: Any) -> tuple[float, float]:
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if math.isnan(slope) and math.isnan(intercept):
-        return 1.0, 0.0  # what nibabel writes for "not scaled"
+        return 1.0, 0.0  # nibabel writes this for "not scaled"
     if slope == 0 and intercept == 0:
-        return 1.0, 0.0  # the standard's "not scaled"
+        return 1.0, 0.0  # the standard says: not scaled
     if slope == 0 or not (math.isfinite(slope) and math.isfinite(intercept)):
         raise Fault(Reason.ZERO_SLOPE, f"slope {slope:g}, intercept {intercept:g}")
     return slope, intercept

@@ -1,4 +1,4 @@
-"""NRRD, opened with suspicion."""
+"""Read NRRD files that may be damaged (https://teem.sourceforge.net/nrrd/format.html)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _NRRD_SPACES = {  # to RAS
 
 
 def open_nrrd(path: Path, root: Path, most_bytes: int) -> Voxels:
-    """Voxels of a .nrrd or .nhdr; errors as :func:`intake.open_scan`'s."""
+    """Voxels of a .nrrd or .nhdr; errors as in :func:`custom.data.formats.open_scan.open_scan`."""
     with open(path, "rb") as file:
         if file.read(4) != b"NRRD":
             raise Fault(Reason.NOT_AN_IMAGE, "no NRRD header")
@@ -100,5 +100,5 @@ def _nrrd_affine(fields: dict[str, str]) -> tuple[np.ndarray, list[Reason]]:
     origin = fields.get("space origin")
     if origin:
         affine[:3, 3] = [float(v) for v in origin.strip("() ").split(",")]
-    signs = (-1, -1, 1) if space is None else space  # ITK takes an unnamed space for LPS
+    signs = (-1, -1, 1) if space is None else space  # ITK treats an unnamed space as LPS
     return np.diag([*signs, 1.0]) @ affine, [] if space is not None else [Reason.NO_ORIENTATION]

@@ -1,4 +1,4 @@
-"""One NIfTI, NRRD or MetaImage file opened with suspicion: sizes are checked before anything is allocated."""
+"""Read one NIfTI, NRRD or MetaImage file that may be damaged: sizes are checked before memory is allocated."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def open_scan(
     """Read and check one file.
 
     Args:
-        path: NIfTI, NRRD or MetaImage, told by its suffix.
-        root: detached data (.nhdr, .mhd) must lie in it; the file's own folder by default.
-        most_bytes: voxel data above this are refused unread.
-        any_grid: take a grid that no patient would lie in: a slice, a phantom of millimetres, a slant.
+        path: NIfTI, NRRD or MetaImage; its suffix says which.
+        root: separate data files (of .nhdr, .mhd) must lie in this folder; by default the folder of ``path``.
+        most_bytes: a file with more bytes of voxels is refused before they are read.
+        any_grid: also accept grids that are not of a patient: a single slice, a few millimetres, sheared axes.
 
     Raises:
-        Fault: with the reason; whatever the file holds, no other error is meant to come out.
+        Fault: with the reason. No other error should come from the content of a file.
     """
     name = path.name.lower()
     try:

@@ -1,4 +1,4 @@
-"""A scan as its file stores it, and whether its grid is that of a volume in space."""
+"""A scan as its file stores it; checks of its shape and grid."""
 
 from __future__ import annotations
 
@@ -15,27 +15,31 @@ MOST_BYTES = 4_000_000_000  # of voxels in one scan: 512 x 512 x 7600 in int16 (
 
 @dataclass
 class Voxels:
-    """A scan as its file stores it: ``raw * slope + intercept`` are the values."""
+    """A scan as its file stores it. Its values are ``raw * slope + intercept``."""
 
     raw: np.ndarray  # (X, Y, Z)
     affine: np.ndarray  # voxel to world, RAS mm
     slope: float = 1.0
     intercept: float = 0.0
     warnings: list[Reason] = field(default_factory=list)
-    modality: str = ""  # where the file says so
+    modality: str = ""  # if the file says it
 
     def scaled(self, part: np.ndarray) -> np.ndarray:
-        """Values of a part of ``raw``."""
+        """The values of a part of ``raw``."""
         if (self.slope, self.intercept) == (1.0, 0.0):
             return part
         return part * np.float32(self.slope) + np.float32(self.intercept)
 
 
 def check_grid(affine: np.ndarray, shape: Sequence[int]) -> list[Reason]:
-    """Refuse grids that are no volume in space.
+    """Refuse a grid that cannot be that of a patient's scan.
+
+    Args:
+        affine: voxel to RAS mm, (4, 4).
+        shape: voxels X, Y, Z.
 
     Returns:
-        What to warn of.
+        Warnings.
 
     Raises:
         Fault: for a flat, singular, sheared or non-axial grid, or an implausible voxel size.
@@ -51,7 +55,7 @@ def check_grid(affine: np.ndarray, shape: Sequence[int]) -> list[Reason]:
     if spacing.min() < 0.02 or spacing.max() > 50:  # micro-CT to the thickest slices (ours)
         raise Fault(Reason.BAD_SPACING, f"{np.round(spacing, 4).tolist()} mm")
     extent = np.sort(spacing * shape)
-    if extent[0] < 2 or extent[1] < 20 or extent[2] > 4000:  # mm; no slab of a patient (ours)
+    if extent[0] < 2 or extent[1] < 20 or extent[2] > 4000:  # mm; too thin or too large for a patient (ours)
         raise Fault(Reason.BAD_SPACING, f"{np.round(extent, 1).tolist()} mm in all")
     directions = axes / spacing
     slant = np.abs(directions.T @ directions - np.eye(3)).max()
@@ -65,10 +69,10 @@ def check_grid(affine: np.ndarray, shape: Sequence[int]) -> list[Reason]:
 
 
 def check_shape(shape: Sequence[int], bytes_a_voxel: int, most_bytes: int) -> int:
-    """Bytes that a header promises.
+    """The bytes of voxels that a header promises.
 
     Raises:
-        Fault: for no, flat or too many dimensions, or more bytes than allowed.
+        Fault: if there are not three dimensions, an empty one, or more bytes than allowed.
     """
     if any(n <= 0 for n in shape):
         raise Fault(Reason.BAD_HEADER, f"shape {list(shape)}")

@@ -1,11 +1,10 @@
-"""Where in a CT the patient is."""
+"""Where the patient is in a scan."""
 
 from __future__ import annotations
 
 import numpy as np
-from scipy import ndimage
 
-BODY_HU = -500.0  # above: tissue; below: air and lung (spec 1.8)
+BODY_HU = -500.0  # half way between air and water: tissue lies above, air and lung below (ours)
 
 
 def body_mask(
@@ -14,20 +13,22 @@ def body_mask(
     coarse_mm: float = 6.0,
     threshold: float = BODY_HU,
 ) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The patient's body on a coarse grid: the largest piece of tissue, its cavities filled.
+    """The patient's body on a coarse grid: the largest piece of tissue, with its cavities filled.
 
-    An opening of 12 mm (ours) cuts the table off where it touches the skin.
+    A morphological opening of 12 mm (ours) cuts off the table where it touches the skin.
 
     Args:
         volume_hu: (X, Y, Z).
         spacing: mm along x, y, z.
-        coarse_mm: about how large a cell of the mask is.
-        threshold: above it: tissue; HU of a CT, see ``profiles.body_threshold`` for others.
+        coarse_mm: approximate size of a cell of the mask.
+        threshold: values above it are tissue; for other modalities than CT see ``profiles.body_threshold``.
 
     Returns:
         Bool (cx, cy, cz), and the step in voxels along each axis: cell ``i`` is centred on voxel
         ``i * step + step // 2``.
     """
+    from scipy import ndimage  # slow to import, and not needed to start a scan
+
     steps = tuple(max(1, round(coarse_mm / s)) for s in spacing)
     centres = tuple(slice(step // 2, None, step) for step in steps)
     tissue = volume_hu[centres] > threshold
@@ -47,7 +48,7 @@ def body_mask(
 def body_box(
     body: np.ndarray, steps: tuple[int, ...], shape: tuple[int, ...]
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """First and one-past-last voxel of a coarse body mask along each axis."""
+    """First and one-past-last voxel of the body along each axis."""
     cells = np.argwhere(body)
     low = cells.min(axis=0) * steps
     high = np.minimum((cells.max(axis=0) + 1) * steps, shape)
@@ -61,7 +62,7 @@ def crop_box(
     spacing: tuple[float, ...],
     margin_mm: float,
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """The body's box with a margin; it starts at a whole cell of the mask, so that the mask can be cut with it."""
+    """The body's box with a margin. It starts at a whole cell of the mask, so that the mask can be cut too."""
     low, high = body_box(body, steps, shape)
     margin = np.ceil(margin_mm / np.array(spacing)).astype(int)
     first = np.maximum((np.array(low) - margin) // steps, 0) * steps
@@ -71,7 +72,9 @@ def crop_box(
 def near_body(
     body: np.ndarray, steps: tuple[int, ...], low: tuple[int, ...], high: tuple[int, ...]
 ) -> np.ndarray:
-    """Bool (high - low): voxels of a box that lie in the body or a cell beside it, so that the skin stays whole."""
+    """Bool (high - low): voxels of a box that lie in the body or in a cell beside it, so that the skin stays whole."""
+    from scipy import ndimage
+
     wider = ndimage.binary_dilation(body, np.ones((3, 3, 3)))
     for axis, (step, first, end) in enumerate(zip(steps, low, high, strict=True)):
         wider = wider.take(np.minimum(np.arange(first, end) // step, wider.shape[axis] - 1), axis=axis)

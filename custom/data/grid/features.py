@@ -1,4 +1,4 @@
-"""Feature maps as images: an affine that says where a token lies."""
+"""Feature maps as images, with an affine that says where each token lies."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from monai.transforms import MapTransform
 
 
 class PlaceFeaturesd(MapTransform):
-    """Give a feature map the affine of its image, strides applied: token ``i`` is centred on voxels ``i*s .. i*s+s-1``.
+    """Give a feature map the affine of its image, scaled by the stride: token ``i`` covers voxels ``i*s`` to ``i*s+s-1``.
 
     Args:
         keys: feature maps (C, gx, gy, gz).
-        image: key of the MetaTensor they were computed from.
+        image: key of the MetaTensor that they were computed from.
         stride: voxels per token along x, y, z.
     """
 

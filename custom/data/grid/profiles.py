@@ -1,4 +1,4 @@
-"""Intensity profiles: how a scan's values become the int16 of a store, and the stored values [0, 1]."""
+"""Intensity profiles: how the values of a scan become the int16 of a store, and these become [0, 1]."""
 
 from __future__ import annotations
 
@@ -14,27 +14,25 @@ from custom.data.scans import refuse_hu
 from custom.errors import AliceError
 
 LOW_HU, HIGH_HU = -1024, 3071
-MR_SCALE, Z_SCALE = (
-    10000,
-    1000,
-)  # stored steps from the low to the high percentile, and a standard deviation (ours)
-PERCENTILES = (0.2, 99.8)  # of the body (issue: MR)
+MR_SCALE = 10000  # stored steps from the low to the high percentile (ours)
+Z_SCALE = 1000  # stored steps in a standard deviation (ours)
+PERCENTILES = (0.2, 99.8)  # of the body (ours)
 _SAMPLE = 4_000_000  # voxels that statistics are taken from
 
 
 class ProfileError(AliceError):
-    """Intensities of another kind than what they are given to; the message names both and the way out."""
+    """Intensities of one profile were given to something made for another; the message names both and the way out."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a store's numbers mean.
+    """What the numbers in a store mean.
 
     Attributes:
         name: as in ``alice scan --profile``.
         units: of the stored int16.
         air: stored value outside of the scan.
-        window: stored values that become 0 and 1; None leaves it to the run's ``window_hu``.
+        window: the stored values that become 0 and 1; None takes the run's ``window_hu``.
     """
 
     name: str
@@ -56,7 +54,7 @@ def profile_of(name: str) -> Profile:
     """A profile by its name.
 
     Raises:
-        ProfileError: naming the ones there are.
+        ProfileError: for an unknown name; the message lists the known ones.
     """
     if name not in PROFILES:
         raise ProfileError(f"profile must be one of {', '.join(PROFILES)}; got {name!r}.")
@@ -64,26 +62,26 @@ def profile_of(name: str) -> Profile:
 
 
 def window_of(profile: str, window_hu: Sequence[float]) -> tuple[float, float]:
-    """The stored values that become 0 and 1: the run's ``window_hu`` for CT, else the profile's own."""
+    """The stored values that become 0 and 1: for CT the run's ``window_hu``, else the profile's own."""
     low, high = profile_of(profile).window or window_hu
     return float(low), float(high)
 
 
 def require_ct(profile: str, where: str | Path, what: str, allow: bool = False) -> None:
-    """Refuse a store of another profile than CT to what was trained on CT.
+    """Refuse to use something that was trained on CT with a store of another profile.
 
     Raises:
         ProfileError: unless ``allow``.
     """
     if profile != "ct" and not allow:
         raise ProfileError(
-            f"{where}: holds intensities of profile {profile!r}, and {what} was made for CT. Take what does not look "
-            "at intensities (aligner 'coordinate'), or set allow_profile if you know that it works."
+            f"{where}: holds intensities of profile {profile!r}, and {what} was made for CT. Use the aligner "
+            "'coordinate', which does not look at intensities, or set allow_profile if you know that it works."
         )
 
 
 class Values:
-    """What is seen of a scan's values while they are read part by part."""
+    """The range of a scan's values, collected while the scan is read part by part."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.low, self.high, self.bad = path, np.inf, -np.inf, 0
@@ -99,7 +97,7 @@ class Values:
             self.low, self.high = min(self.low, float(part.min())), max(self.high, float(part.max()))
 
     def judge(self, profile: str) -> None:
-        """Refuse a scan that holds no image of this profile.
+        """Refuse a scan whose values cannot be an image of this profile.
 
         Raises:
             ScanError: for NaN or infinite voxels, an empty scan, or values that cannot be Hounsfield units.
@@ -122,7 +120,7 @@ def to_hu(part: np.ndarray) -> np.ndarray:
 
 
 def body_threshold(volume: np.ndarray, profile: str) -> float:
-    """The value above which a voxel is tissue: -500 HU, or Otsu's between the dark and the bright voxels."""
+    """The value above which a voxel is tissue: -500 HU for CT, else Otsu's threshold (IEEE Trans. SMC 9:62, 1979)."""
     if profile == "ct":
         return BODY_HU
     sample = _few(volume.reshape(-1))
@@ -140,16 +138,16 @@ def body_threshold(volume: np.ndarray, profile: str) -> float:
 
 
 def scaling(volume: np.ndarray, body: np.ndarray, steps: Sequence[int], profile: str) -> dict[str, float]:
-    """How values become stored ones: ``stored = (value - offset) * scale``, and what air is stored as.
+    """How values are stored: ``stored = (value - offset) * scale``; and the stored value of air.
 
     Args:
         volume: float32 (X, Y, Z).
-        body: bool, cells of ``steps`` voxels, see ``body_mask``.
-        steps: voxels of a cell.
+        body: bool mask with cells of ``steps`` voxels, see ``body_mask``.
+        steps: voxels in a cell along x, y, z.
         profile: mr or zscore.
 
     Raises:
-        ScanError: if the body is of one value.
+        ScanError: if every voxel of the body has the same value.
     """
     cells = np.argwhere(body)
     places = cells * np.array(steps) + np.array(steps) // 2
@@ -160,7 +158,7 @@ def scaling(volume: np.ndarray, body: np.ndarray, steps: Sequence[int], profile:
     else:
         spread, offset, steps_per = float(inside.std(dtype=np.float64)), float(inside.mean()), Z_SCALE
     if not spread > 0:
-        raise ScanError("every voxel of the body has one value.")
+        raise ScanError("every voxel of the body has the same value.")
     scale = steps_per / spread
     darkest = (float(np.percentile(_few(volume.reshape(-1)), PERCENTILES[0])) - offset) * scale
     low, high = stored_range(profile)
@@ -188,7 +186,7 @@ def _few(values: np.ndarray) -> np.ndarray:
 
 
 def window(volume: np.ndarray, low: float, high: float) -> np.ndarray:
-    """HU, or stored values of another profile, to float32 in [0, 1], clipped."""
+    """Map stored values to float32: ``low`` becomes 0, ``high`` becomes 1, values beyond are clipped."""
     scaled: np.ndarray = volume.astype(np.float32)
     scaled -= low
     scaled /= high - low

@@ -1,29 +1,15 @@
-"""A scan on a fixed grid: axes along R, A, S, the spacing asked for, and an affine that tells the truth."""
+"""Resample a volume to another voxel size, whole or part by part."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor
 
-
-def to_ras(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Axes flipped and swapped (never interpolated) to the nearest of R, A, S.
-
-    An oblique scan keeps its rotation in the affine.
-    """
-    flips = nib.orientations.io_orientation(affine)
-    turned = nib.orientations.apply_orientation(volume, flips)
-    return turned, affine @ nib.orientations.inv_ornt_aff(flips, volume.shape)
-
-
-def spacing_of(affine: np.ndarray) -> np.ndarray:
-    """Voxel size in mm along x, y, z."""
-    return np.linalg.norm(np.asarray(affine)[:3, :3], axis=0)
+from custom.data.grid.orientation import spacing_of
 
 
 @dataclass(frozen=True)
@@ -35,8 +21,8 @@ class Regrid:
         shape: voxels of the new grid.
         affine: of the new grid.
         factors: new voxel size, in old voxels.
-        shift: by which new centres move along each axis, in old voxels.
-        same: nothing changes.
+        shift: how far new centres move along each axis, in old voxels.
+        same: True if the two grids are equal.
     """
 
     source: tuple[int, ...]
@@ -47,31 +33,31 @@ class Regrid:
     same: bool
 
     def centres(self, axis: int, start: int, stop: int) -> Tensor:
-        """Where new voxels' centres lie, in old voxels."""
+        """The centres of new voxels, in coordinates of old voxels."""
         index = torch.arange(start, stop, dtype=torch.float64)
         return (index + 0.5) * self.factors[axis] - 0.5 + self.shift[axis]
 
     def needed(self, axis: int, start: int, stop: int) -> tuple[int, int]:
-        """First and one-past-last old voxel that new voxels ``start`` to ``stop`` are made of."""
+        """First and one-past-last old voxel that are needed for new voxels ``start`` to ``stop``."""
         if self.same:
             return start, stop
         ends = self.centres(axis, start, stop)[[0, -1]]
-        reach = 2.0 + max(self.factors[axis], 1.0) / 2  # a voxel more than the filter is wide
+        reach = 2.0 + max(self.factors[axis], 1.0) / 2  # one voxel more than the width of the filter
         last = self.source[axis] - 1
         low, high = int(np.floor(float(ends[0]) - reach)), int(np.ceil(float(ends[1]) + reach))
         return min(max(low, 0), last), min(max(high, 0), last) + 1
 
 
 def regrid(shape: Sequence[int], affine: np.ndarray, spacing: Sequence[float]) -> Regrid:
-    """The grid with another voxel size, outer voxel edges kept."""
+    """The same box with another voxel size: the outer edges stay, to within half a new voxel."""
     factors = np.asarray(spacing, dtype=float) / spacing_of(affine)
     source = tuple(int(n) for n in shape)
     if np.allclose(factors, 1.0, atol=1e-6):
         return Regrid(source, source, np.array(affine, dtype=float), (1.0,) * 3, (0.0,) * 3, True)
     sizes = [max(1, round(n / f)) for n, f in zip(shape, factors, strict=True)]
     new_affine = np.array(affine, dtype=float)
-    # the new first centre lies half a new voxel from the edge that both grids share; voxels keep the size
-    # asked for, so the far edge may move by less than half a voxel
+    # The new first centre lies half a new voxel from the shared edge. Voxels have exactly the size asked for, so the
+    # outer edges may move by less than half a voxel.
     new_affine[:3, :3] = affine[:3, :3] * factors
     shift = (np.array(shape) - np.array(sizes) * factors) / 2
     new_affine[:3, 3] = (affine @ np.r_[0.5 * (factors - 1) + shift, 1.0])[:3]
@@ -88,16 +74,16 @@ def regrid(shape: Sequence[int], affine: np.ndarray, spacing: Sequence[float]) -
 def resample(
     volume: np.ndarray, affine: np.ndarray, spacing: Sequence[float], nearest: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Change the voxel size along each axis, outer voxel edges kept.
+    """Change the voxel size along each axis; the outer edges stay.
 
-    Linear where the grid gets finer; where it gets coarser the linear interpolant is averaged over the new
-    voxel, so that nothing aliases (torch's own ``antialias`` is for 2D only).
+    Interpolation is linear where the grid gets finer. Where it gets coarser, the linear interpolant is averaged over
+    the new voxel, which avoids aliasing (torch's own ``antialias`` is for 2D only).
 
     Args:
         volume: (X, Y, Z).
         affine: voxel-to-world (4, 4).
         spacing: new voxel size in mm along x, y, z.
-        nearest: for labels: the voxel nearest to each new centre, no filter.
+        nearest: take the voxel nearest to each new centre, without a filter; for labels.
 
     Returns:
         The volume in its own type (rounded if that is an integer), and its affine.
@@ -109,12 +95,12 @@ def resample(
 def resample_part(
     part: np.ndarray, plan: Regrid, axis: int, start: int, stop: int, nearest: bool = False
 ) -> np.ndarray:
-    """New voxels ``start`` to ``stop`` along one axis, the same to the bit as when all are made at once.
+    """New voxels ``start`` to ``stop`` along one axis, bit for bit the same as if all were made at once.
 
     Args:
-        part: old voxels ``plan.needed(axis, start, stop)`` along ``axis``, all along the others.
+        part: the old voxels: ``plan.needed(axis, start, stop)`` along ``axis``, all along the other axes.
         plan: of the whole volume.
-        axis, start, stop: which new voxels.
+        axis, start, stop: the new voxels to make.
         nearest: see :func:`resample`.
     """
     if plan.same:
@@ -124,7 +110,7 @@ def resample_part(
     if not nearest:
         out = out.to(torch.float32)
     before = plan.needed(axis, start, stop)[0]
-    # shrink first: less to do
+    # the axis that shrinks most comes first, which saves time
     for along in sorted(range(3), key=lambda a: plan.shape[a] / plan.source[a]):
         here = along == axis
         centres = plan.centres(along, *(start, stop) if here else (0, plan.shape[along]))
@@ -141,10 +127,11 @@ def resample_part(
 
 
 def _filter(volume: Tensor, centres: Tensor, extent: float, axis: int, first_voxel: int, size: int) -> Tensor:
-    """Weighted sums of the voxels around ``centres`` along one axis, edge voxels repeated.
+    """Weighted sums of the voxels around ``centres`` along one axis; edge voxels are repeated.
 
-    The weights average the linear interpolant over a new voxel's extent, so a linear ramp stays one exactly;
-    an extent of 0 is plain linear interpolation. ``volume`` may begin at ``first_voxel`` of ``size`` along the axis.
+    The weights average the linear interpolant over the extent of a new voxel, so a linear ramp stays exactly linear.
+    An extent of 0 is plain linear interpolation. ``volume`` may be a part that begins at voxel ``first_voxel`` of
+    ``size``.
     """
     reach = 1.0 + extent / 2
     first = torch.floor(centres - reach).long() + 1
@@ -166,12 +153,12 @@ def _filter(volume: Tensor, centres: Tensor, extent: float, axis: int, first_vox
         if used[tap]:
             index = (positions[:, tap] - first_voxel).clamp(
                 0, volume.shape[axis] - 1
-            )  # 0-weighted ones may lie outside
+            )  # voxels of weight 0 may lie outside
             out.addcmul_(volume.index_select(axis, index), weights[:, tap].view(shape))
     return out
 
 
 def _hat_integral(t: Tensor) -> Tensor:
-    """Integral of the linear interpolation kernel from minus infinity to t."""
+    """Integral of the linear interpolation kernel from minus infinity to ``t``."""
     t = t.clamp(-1, 1)
     return torch.where(t < 0, (t + 1).square() / 2, 1 - (1 - t).square() / 2)

@@ -1,4 +1,4 @@
-"""What a scan's voxels tell: its content hash, its values, its modality, and what speaks against it."""
+"""What the voxels of a scan tell: its content hash, its values, its modality, and whether it can be used."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ import numpy as np
 
 from custom.data.formats.reasons import Fault, Reason
 from custom.data.formats.voxels import Voxels
+from custom.data.grid.orientation import spacing_of, to_ras
 from custom.data.intake.fingerprint import fingerprint_body
-from custom.data.intake.records import HISTOGRAM_HU, PROFILES, Rules, ScanRecord
+from custom.data.intake.scan_record import HISTOGRAM_HU, PROFILES, Rules, ScanRecord
 
-_FEW_VALUES = 1_000_000  # voxels that statistics are taken from
+_FEW_VALUES = 1_000_000  # about this many voxels are enough for statistics
 _MR_NAME = re.compile(r"(^|[_\-. /])(mri?|t1w?|t2w?|flair|dwi|adc|lge)([_\-. /]|$)", re.IGNORECASE)
 
 
 def describe(record: ScanRecord, voxels: Voxels, rules: Rules) -> None:
-    """Fill in what the voxels tell."""
+    """Fill in the fields of a record that come from the voxels.
+
+    Raises:
+        Fault: if the scan cannot be used.
+    """
     record.shape = [int(n) for n in voxels.raw.shape]
     record.affine = np.round(voxels.affine, 6).tolist()
-    spacing = np.linalg.norm(voxels.affine[:3, :3], axis=0)
-    record.spacing_mm = np.round(spacing, 4).tolist()
+    record.spacing_mm = np.round(spacing_of(voxels.affine), 4).tolist()
     record.orientation = "".join(nib.aff2axcodes(voxels.affine))
     for warning in voxels.warnings:
         record.add(warning)
-    # as resample.to_ras does; that module brings torch along, which every worker would have to import
-    flips = nib.orientations.io_orientation(voxels.affine)
-    turned = nib.orientations.apply_orientation(voxels.raw, flips)
-    spacing = spacing[np.argsort(flips[:, 0])]
+    turned, affine = to_ras(voxels.raw, voxels.affine)
+    spacing = spacing_of(affine)
     record.content_hash, low, high, bad = _hash_values(turned, voxels, spacing)
     if bad:
         raise Fault(Reason.NOT_FINITE, f"{bad} voxels")
@@ -62,7 +64,7 @@ def describe(record: ScanRecord, voxels: Voxels, rules: Rules) -> None:
 
 
 def _hash_values(turned: np.ndarray, voxels: Voxels, spacing: np.ndarray) -> tuple[str, float, float, int]:
-    """Hash of shape, spacing and values, their range, and how many are not finite: one pass, plane by plane."""
+    """Hash of shape, spacing and values; lowest and highest value; number of voxels that are not finite."""
     head = [*turned.shape, *np.round(spacing, 2).tolist()]
     digest = hashlib.sha256(repr(head).encode())
     low, high, bad = np.inf, -np.inf, 0
@@ -73,7 +75,7 @@ def _hash_values(turned: np.ndarray, voxels: Voxels, spacing: np.ndarray) -> tup
             bad += int(plane.size - finite.sum())
             continue
         low, high = min(low, float(plane.min())), max(high, float(plane.max()))
-        digest.update((np.round(plane, 3) + 0.0).tobytes())  # + 0.0: no negative zeros
+        digest.update((np.round(plane, 3) + 0.0).tobytes())  # + 0.0 makes negative zeros positive
     return digest.hexdigest(), low, high, bad
 
 
@@ -93,15 +95,15 @@ def _statistics(sample: np.ndarray, low: float, high: float) -> dict[str, float]
 def judge_values(
     sample: np.ndarray, voxels: Voxels, low: float, high: float, modality: str, path: str
 ) -> tuple[str, Fault | None]:
-    """The modality, and what speaks against the values.
+    """The modality, and what is wrong with the values.
 
     Args:
-        sample: of the values.
-        voxels: for their stored type.
-        low: smallest value of all.
-        high: largest value of all.
-        modality: as the file tells; "" if it does not, then the values and the name decide.
-        path: relative, for names that tell.
+        sample: some of the values.
+        voxels: the scan, for its stored type.
+        low: lowest of all values.
+        high: highest of all values.
+        modality: as the file says; if it is "", the values and the name of the file decide.
+        path: of the file, relative to the scanned folder.
     """
     span = f"{low:g} to {high:g}"
     kind = voxels.raw.dtype
@@ -136,7 +138,7 @@ def judge_values(
 def _padding(
     turned: np.ndarray, voxels: Voxels, sample: np.ndarray, low: float
 ) -> tuple[float | None, float]:
-    """The value that fills the corners of every plane, and its share of the scan."""
+    """The value that fills the corners of the slices, and its share of the scan; None if there is no such value."""
     corners = voxels.scaled(turned[:: turned.shape[0] - 1, :: turned.shape[1] - 1, :]).astype(np.float32)
     values, counts = np.unique(corners, return_counts=True)
     best = int(counts.argmax())

@@ -1,4 +1,4 @@
-"""One scan examined: what it holds, and what is wrong with it."""
+"""Examine one scan: what it holds, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from custom.data.formats.open_scan import open_scan
 from custom.data.formats.reasons import REJECTED, Fault, Reason, status_of
 from custom.data.formats.voxels import Voxels, check_grid
 from custom.data.intake.describe import describe
-from custom.data.intake.records import Job, Rules, ScanRecord
+from custom.data.intake.scan_record import Job, Rules, ScanRecord
 
-_NOBODY = re.compile(r"^(|anon.*|unknown|none|n/?a|[0x\-]+|patient)$", re.IGNORECASE)  # ids that name no one
+_NOBODY = re.compile(
+    r"^(|anon.*|unknown|none|n/?a|[0x\-]+|patient)$", re.IGNORECASE
+)  # patient ids that name nobody
 
 
 def run_job(job: Job, rules: Rules) -> tuple[list[ScanRecord], list[Job]]:
-    """Records, and work that turned up; nothing is raised, whatever the files hold."""
+    """Do one job. Returns records, and new jobs (the series of a folder). No error comes from the content of files."""
     record = ScanRecord(
         job.path, _format_of(job), "label" if job.kind == "label" else "image", files=list(job.files)
     )
@@ -26,15 +28,15 @@ def run_job(job: Job, rules: Rules) -> tuple[list[ScanRecord], list[Job]]:
             return _plan_folder(job, rules)
         if job.kind == "series":
             assert job.series is not None
-            return [_examine_series(job, job.series, rules)], []
-        record.bytes = (job.root / job.path).stat().st_size
-        voxels = open_scan(job.root / job.path, job.root, rules.most_bytes)
-        describe(record, voxels, rules)
+            _examine_series(record, job, job.series, rules)
+        else:
+            record.bytes = (job.root / job.path).stat().st_size
+            describe(record, open_scan(job.root / job.path, job.root, rules.most_bytes), rules)
     except Fault as fault:
         record.add(fault.reason, fault.detail)
     except MemoryError:
         record.add(Reason.BOMB, "out of memory")
-    except Exception as error:  # a worker that dies would take the others' results along
+    except Exception as error:  # an error here would end the whole scan
         record.add(Reason.READER_FAILED, type(error).__name__)
     record.status = status_of(Reason(code) for code in record.reasons)
     record.source_key = job.source_key
@@ -42,16 +44,12 @@ def run_job(job: Job, rules: Rules) -> tuple[list[ScanRecord], list[Job]]:
 
 
 def _format_of(job: Job) -> str:
-    name = job.path.lower()
     if job.kind in ("folder", "series"):
         return "dicom"
-    return (
-        "nifti"
-        if name.endswith((".nii", ".nii.gz"))
-        else "nrrd"
-        if name.endswith(("rrd", "hdr"))
-        else "metaimage"
-    )
+    name = job.path.lower()
+    if name.endswith((".nii", ".nii.gz")):
+        return "nifti"
+    return "nrrd" if name.endswith(("rrd", "hdr")) else "metaimage"
 
 
 def _plan_folder(job: Job, rules: Rules) -> tuple[list[ScanRecord], list[Job]]:
@@ -84,9 +82,8 @@ def _plan_folder(job: Job, rules: Rules) -> tuple[list[ScanRecord], list[Job]]:
     return records, jobs
 
 
-def _examine_series(job: Job, series: Series, rules: Rules) -> ScanRecord:
+def _examine_series(record: ScanRecord, job: Job, series: Series, rules: Rules) -> None:
     first = series.slices[0]
-    record = ScanRecord(job.path, "dicom", "image", files=list(job.files), source_key=job.source_key)
     record.modality = first.modality
     record.series = rules.hashed(f"{first.series} {first.patient_id}", "r") if first.series else ""
     record.detail = series.detail
@@ -95,22 +92,13 @@ def _examine_series(job: Job, series: Series, rules: Rules) -> ScanRecord:
     identity = first.study if _NOBODY.match(first.patient_id) else first.patient_id
     record.patient = rules.hidden(identity, "p") if identity else ""
     record.shape = [first.columns, first.rows, len(series.slices)]
-    try:
-        record.bytes = sum((job.root / name).stat().st_size for name in job.files)
-        if first.rows * first.columns * 4 * len(series.slices) > rules.most_bytes:
-            raise Fault(Reason.BOMB, f"shape {record.shape}")
-        if first.modality not in ("CT", "MR", "PT"):
-            record.kind = "other"
-            raise Fault(Reason.UNSUPPORTED, "not CT, MR or PET")
-        if record.status != REJECTED:
-            raw, affine = stack(series)
-            voxels = Voxels(raw, affine, warnings=check_grid(affine, raw.shape), modality=first.modality)
-            describe(record, voxels, rules)
-    except Fault as fault:
-        record.add(fault.reason, fault.detail)
-    except MemoryError:
-        record.add(Reason.BOMB, "out of memory")
-    except Exception as error:
-        record.add(Reason.READER_FAILED, type(error).__name__)
-    record.status = status_of(Reason(code) for code in record.reasons)
-    return record
+    record.bytes = sum((job.root / name).stat().st_size for name in job.files)
+    if first.rows * first.columns * 4 * len(series.slices) > rules.most_bytes:
+        raise Fault(Reason.BOMB, f"shape {record.shape}")
+    if first.modality not in ("CT", "MR", "PT"):
+        record.kind = "other"
+        raise Fault(Reason.UNSUPPORTED, "not CT, MR or PET")
+    if record.status != REJECTED:
+        raw, affine = stack(series)
+        voxels = Voxels(raw, affine, warnings=check_grid(affine, raw.shape), modality=first.modality)
+        describe(record, voxels, rules)

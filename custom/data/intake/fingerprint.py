@@ -1,4 +1,4 @@
-"""How a body looks from afar: a hash that stays close when a scan is resampled or converted."""
+"""A hash of the body's coarse appearance. It changes little when a scan is resampled or converted."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 
 from custom.data.formats.voxels import Voxels
 from custom.data.grid.body import body_mask
-from custom.data.intake.records import ScanRecord
+from custom.data.intake.scan_record import ScanRecord
 
-_CELLS, _SOFT_HU = 8, (-300, 200)  # of the body hash: cells along each axis, and what is told apart (ours)
+_CELLS, _SOFT_HU = 8, (-300, 200)  # of the body hash: cells along each axis, and range of values (ours)
 
 
 def fingerprint_body(
     record: ScanRecord, turned: np.ndarray, voxels: Voxels, spacing: np.ndarray, sample: np.ndarray
 ) -> None:
-    """Extent of the body, and how it looks from afar."""
+    """Fill in the extent of the body and its hash."""
     steps = [max(1, min(round(3.0 / s), n // _CELLS)) for s, n in zip(spacing, turned.shape, strict=True)]
     fine = voxels.scaled(turned[tuple(slice(s // 2, None, s) for s in steps)]).astype(np.float32)
-    if record.modality != "CT":  # brought to where tissue is brighter than BODY_HU
+    if record.modality != "CT":  # shift the values so that tissue is above BODY_HU
         fine = fine / max(float(np.percentile(sample, 99)), 1e-6) * 1500 - 700
     fine_mm = spacing * steps
     body, coarse = body_mask(fine, tuple(fine_mm), coarse_mm=min(6.0, float((fine_mm * fine.shape).min())))
@@ -34,7 +34,7 @@ def fingerprint_body(
 
 
 def body_hash(body: np.ndarray) -> str:
-    """Mean soft-tissue values of a body cut into 8 x 8 x 8 cells, a byte each, as base64.
+    """Mean soft-tissue values in 8 x 8 x 8 cells of the body's box, one byte each, as base64.
 
     Args:
         body: HU (X, Y, Z), axes along R, A, S, cut to the body's box.
@@ -48,7 +48,7 @@ def body_hash(body: np.ndarray) -> str:
 
 
 def _means(grid: np.ndarray, axis: int) -> np.ndarray:
-    """Averages over ``_CELLS`` equal stretches of an axis, parts of voxels counted as parts."""
+    """Averages over ``_CELLS`` equal intervals of an axis. A voxel that lies in two intervals counts in both, by its share."""
     count = grid.shape[axis]
     total = np.concatenate(
         [np.zeros_like(grid.take([0], axis)), grid.cumsum(axis=axis, dtype=np.float64)], axis
@@ -65,16 +65,16 @@ def _means(grid: np.ndarray, axis: int) -> np.ndarray:
 def near_pairs(
     hashes: Sequence[str], others: Sequence[str], most_different: float, block: int = 2048
 ) -> list[tuple[int, int, float]]:
-    """Pairs of body hashes that look alike.
+    """Pairs of similar body hashes.
 
     Args:
-        hashes: of some scans, none empty.
-        others: of others; may be the same list.
-        most_different: 1 - correlation of two hashes.
-        block: pairs are compared in blocks of its square.
+        hashes: of some scans; none may be empty.
+        others: of other scans, or the same list.
+        most_different: largest difference, which is 1 - correlation.
+        block: ``block`` x ``block`` pairs are compared at a time.
 
     Returns:
-        (index, index among others, difference), each pair as found.
+        (index, index among others, difference) of every pair.
     """
     found: list[tuple[int, int, float]] = []
     if not hashes or not others:
@@ -90,7 +90,7 @@ def near_pairs(
 
 
 def _looks(hashes: Sequence[str]) -> np.ndarray:
-    """Hashes as vectors whose products are correlations."""
+    """Hashes as vectors; the product of two is their correlation."""
     grids = np.stack([np.frombuffer(base64.b64decode(text), np.uint8) for text in hashes]).astype(np.float32)
     grids -= grids.mean(axis=1, keepdims=True)
     return grids / np.maximum(np.linalg.norm(grids, axis=1, keepdims=True), 1e-6)

@@ -1,4 +1,4 @@
-"""A manifest: every scan, label and refused file of a folder, as JSON, checked when it is read."""
+"""The manifest: every scan, label and refused file of a folder, as JSON that is checked when it is read."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from custom.data.formats.dicom_volume import read_series
 from custom.data.formats.open_scan import open_scan
 from custom.data.formats.reasons import ACCEPTED, REJECTED, WARNED, Fault, Reason, status_of
 from custom.data.formats.voxels import MOST_BYTES
-from custom.data.intake.records import ScanRecord
+from custom.data.intake.scan_record import ScanRecord
 from custom.data.remote import RemoteFolder, is_url
 from custom.data.scans import Scan
-from custom.data.store.volume_store import write_text
+from custom.files import write_text
 
 FORMAT = "alice-manifest-1"
 _PLAIN = {"str": (str,), "str | None": (str,), "float | None": (int, float), "int": (int,)}
@@ -32,11 +32,11 @@ class Manifest:
     """Every scan, label and refused file of a folder.
 
     Attributes:
-        folder: that was scanned; of a manifest at a URL, where copies of its files are kept.
+        folder: the scanned folder; for a manifest at a URL, the folder for copies of its files.
         records: in the order of their paths.
-        rules: that they were examined by, without the salt.
-        others: how many files of which suffix were passed over, since they hold no scan.
-        remote: of a manifest at a URL, the scans' folder there.
+        rules: of the examination, without the salt.
+        others: how many files of which suffix were ignored, because they hold no scan.
+        remote: for a manifest at a URL, the folder of the scans there.
     """
 
     folder: Path
@@ -59,7 +59,7 @@ class Manifest:
         return found
 
     def by_reason(self) -> dict[Reason, list[ScanRecord]]:
-        """Records under each reason that was given, the most frequent reason first."""
+        """The records of each reason, the most frequent reason first."""
         found: dict[Reason, list[ScanRecord]] = defaultdict(list)
         for record in self.records:
             for code in record.reasons:
@@ -67,7 +67,7 @@ class Manifest:
         return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0].value)))
 
     def path_of(self, name: str) -> Path:
-        """Where a file of the scanned folder lies; of a folder at a URL, its local copy, fetched when first asked for.
+        """The path of a file of the scanned folder; for a folder at a URL, of its copy, which is fetched when first needed.
 
         Raises:
             StoreError: if it cannot be fetched.
@@ -75,7 +75,7 @@ class Manifest:
         return self.folder / name if self.remote is None else self.remote.fetch(name)
 
     def read(self, record: ScanRecord) -> tuple[np.ndarray, np.ndarray]:
-        """Values (X, Y, Z) as stored (scaled, if the header scales) and affine (4, 4) in RAS mm of a record.
+        """Values (X, Y, Z) of a record, scaled as its header says, and affine (4, 4), voxel to RAS mm.
 
         Raises:
             ScanError: if it can no longer be read.
@@ -90,11 +90,13 @@ class Manifest:
         return voxels.scaled(voxels.raw), voxels.affine
 
     def scans(self, fetch: bool = True) -> list[Scan]:
-        """What a store is built from: usable images, a near-duplicate under the patient of what it repeats.
+        """The usable images, to build a store from. A near-duplicate gets the patient of the scan that it repeats.
 
-        A DICOM series has its first slice as ``image`` and all of them, in order, under ``extra["files"]``; the
-        extra also holds what a build's disk and time are told from. Of a manifest at a URL, every usable file is
-        fetched, or with ``fetch`` False only said where its copy will lie.
+        A DICOM series has its first slice as ``image``, and all slices in order under ``extra["files"]``. ``extra`` also
+        holds what :func:`custom.data.store.build_cost.build_cost` needs.
+
+        Args:
+            fetch: for a manifest at a URL, fetch every usable file; False only gives the paths of the copies.
         """
         patients = {record.id: record.patient for record in self.records}
         place = self.path_of if fetch else self.folder.joinpath
@@ -111,10 +113,10 @@ class Manifest:
         return found
 
     def save(self, path: str | Path) -> Path:
-        """Write it, whole or not at all.
+        """Write the manifest.
 
         Raises:
-            ManifestError: if it cannot be written (a full disk, say); what was there before stays.
+            ManifestError: if it cannot be written, for example on a full disk. An earlier file stays.
         """
         path = Path(path)
         content = {
@@ -124,26 +126,22 @@ class Manifest:
             "others": dict(sorted(self.others.items())),
             "records": [sparse(record) for record in self.records],
         }
-        try:
-            # ASCII keeps names that are no valid UTF-8 as they are
-            write_text(path, json.dumps(content, indent=1, ensure_ascii=True) + "\n")
-        except OSError as error:
-            raise ManifestError(
-                f"{path}: cannot be written ({error.strerror}). Choose another place."
-            ) from error
+        # ASCII keeps names that are not valid UTF-8 as they are
+        text = json.dumps(content, indent=1, ensure_ascii=True) + "\n"
+        write_text(path, text, sync=True, error=ManifestError, advice="Choose another place.")
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
-        """Read and check one.
+        """Read and check a manifest.
 
         Args:
-            path: or a URL that fsspec reads, such as ``s3://bucket/manifest.json``. Paths in the manifest are
-                relative to where it lies, there as here.
+            path: a file, or a URL that fsspec reads, such as ``s3://bucket/manifest.json``. Paths in a manifest are
+                relative to its own folder.
 
         Raises:
-            ManifestError: naming what is wrong: no such file, no manifest, another format, a field of another type,
-                or a path that leaves the folder.
+            ManifestError: if the file is missing, is not a manifest, has another format or a field of another type, or
+                names a path outside the folder.
         """
         url = str(path) if is_url(str(path)) else ""
         if url.startswith(("file://", "local://")):
@@ -158,7 +156,7 @@ class Manifest:
                 f"{path}: cannot be read ({error.strerror or type(error).__name__}). Make one: alice scan FOLDER"
             ) from error
         except ValueError as error:
-            raise ManifestError(f"{path}: no readable JSON ({error}). Scan the folder again.") from error
+            raise ManifestError(f"{path}: not readable as JSON ({error}). Scan the folder again.") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, dict) else None
             raise ManifestError(
@@ -179,8 +177,8 @@ def _read_url(url: str) -> str:
     """A small text file at a URL.
 
     Raises:
-        ManifestError: if its protocol needs a package that is not there, or nothing answers.
-        OSError: if it is not there.
+        ManifestError: if its protocol needs a package that is not installed, or the server does not answer.
+        OSError: if the file does not exist.
     """
     try:
         with fsspec.open(url, "rt", encoding="utf-8") as file:
@@ -192,10 +190,10 @@ def _read_url(url: str) -> str:
 
 
 def _url_beside(url: str, relative: str) -> str:
-    """The URL of a folder that is given relative to a file's.
+    """The URL of a folder that is given relative to the URL of a file.
 
     Raises:
-        ManifestError: if it lies above the URL's root, or on another machine's disk.
+        ManifestError: if it lies above the root of the URL, or is an absolute path.
     """
     protocol, _, place = url.partition("://")
     folder = posixpath.normpath(posixpath.join(posixpath.dirname(place), relative))
@@ -207,18 +205,24 @@ def _url_beside(url: str, relative: str) -> str:
 
 
 def sparse(record: ScanRecord) -> dict[str, Any]:
-    """A record without what is empty."""
+    """A record as a dict, without its empty fields."""
     return {
         k: v for k, v in asdict(record).items() if v not in (None, "", [], {}) or k in ("status", "reasons")
     }
 
 
 def record_of(path: str | Path, index: int, entry: Any) -> ScanRecord:
+    """A record from its JSON; ``path`` and ``index`` are for the message.
+
+    Raises:
+        ManifestError: saying what is wrong with it.
+    """
+
     def refuse(what: str) -> ManifestError:
         return ManifestError(f"{path}: record {index} {what}. Scan the folder again.")
 
     if not isinstance(entry, dict):
-        raise refuse("is no object")
+        raise refuse("is not an object")
     known = {one.name: one.type for one in fields(ScanRecord)}
     for key, value in entry.items():
         if key not in known:
@@ -234,10 +238,10 @@ def record_of(path: str | Path, index: int, entry: Any) -> ScanRecord:
         if not isinstance(name, str) or posixpath.isabs(name) or ".." in name.split("/"):
             raise refuse(f"has a path that leaves the folder: {name!r}")
     reasons = entry.get("reasons", [])
-    if any(code not in Reason._value2member_map_ for code in reasons):
+    if any(code not in [reason.value for reason in Reason] for code in reasons):
         raise refuse("has an unknown reason")
     if entry["status"] != status_of(Reason(code) for code in reasons):
-        raise refuse(f"is {entry['status']!r} against its reasons")
+        raise refuse(f"has the status {entry['status']!r}, which its reasons contradict")
     return ScanRecord(**entry)
 
 

@@ -1,4 +1,4 @@
-"""From a folder of anything to a manifest: every scan in it, what we took, what we refused and why."""
+"""Scan a folder: find every scan in it, and make a manifest of those that can be used and those that are refused."""
 
 from __future__ import annotations
 
@@ -10,27 +10,25 @@ from pathlib import Path
 
 import fsspec
 
-from custom.data.arguments import whole_number
+from custom.data.arguments import whole_number, worker_count
 from custom.data.errors import ManifestError
 from custom.data.formats.dicom_series import MIN_SLICES
 from custom.data.formats.reasons import REJECTED
 from custom.data.formats.voxels import MOST_BYTES
+from custom.data.intake.duplicates import mark_duplicates, mark_leaks, mark_spread
+from custom.data.intake.examine_all import examine_all, known_records, partial_of, shown
+from custom.data.intake.find_files import find_files
+from custom.data.intake.ids_and_labels import name_all, pair_labels
 from custom.data.intake.manifest import Manifest
-from custom.data.intake.names import name_all, pair_labels
-from custom.data.intake.records import PROFILES, Rules
-from custom.data.intake.repeats import mark_duplicates, mark_leaks, mark_spread
-from custom.data.intake.walk import walk
-from custom.data.intake.work import examine, known_records, partial_of, shown
+from custom.data.intake.scan_record import PROFILES, Rules
 from custom.data.remote import is_url
-from custom.data.store.needs import MARGIN_MM, SPACING, needs_of
-from custom.processes import default_workers
 
 
 def exit_code(manifest: Manifest) -> int:
-    """For scripts: 0 if every image can be used, 3 if some were rejected, 4 if none can be used.
+    """Exit code for scripts: 0 if every image can be used, 3 if some were rejected, 4 if none can be used.
 
-    A warning does not count, nor do labels and files that hold no volume. 1 and 2 are left to a command that fails
-    and to one that is called wrongly.
+    Warnings, labels and files without a volume do not count. Codes 1 and 2 mean that the command failed, or was called
+    wrongly.
     """
     if not manifest.usable:
         return 4
@@ -49,55 +47,54 @@ def scan_folder(
     patient_pattern: str | None = None,
     hash_ids: bool = True,
     salt: str | None = None,
-    workers: int = 1,
+    workers: int | None = 1,
     progress: bool = True,
 ) -> Manifest:
-    """Find, examine and judge every scan under a folder.
+    """Find every scan under a folder, examine it, and decide whether it can be used.
 
     Args:
         folder: of NIfTI, NRRD, MetaImage and raw DICOM, in any order and depth.
-        output: where to save the manifest. An earlier one there, or what a run that was killed left beside it
-            (``.partial``), is taken up: files of the same path, size and time are not read again.
+        output: where to save the manifest. Files that an earlier manifest there, or an interrupted run (``.partial``),
+            knows with the same path, size and time are not read again.
         against: manifests (or their URLs), datalists or folders that must not share scans with this one (a leakage check).
-        profile: ``ct``, ``mr`` or ``zscore``; images of other modalities are set aside (``other_modality``).
-        min_slices: along Superior; fewer are refused.
-        most_bytes: of voxels in one scan; a header that promises more is refused unread.
-        patient_pattern: regular expression on the relative path; its first group (or the whole match) is the patient.
-            None takes DICOM's PatientID, TCGA barcodes, BIDS subjects, or folder and file names.
-        hash_ids: write salted hashes for scans and patients; False writes names from the paths, and the patients
-            as they are.
-        salt: secret of the hashes; equal salts make patients comparable between manifests. None takes the one kept
-            beside ``output`` (``.salt``, readable to its owner only), or draws one.
-        workers: processes.
+        profile: ``ct``, ``mr`` or ``zscore``; images of other modalities are refused (``other_modality``).
+        min_slices: scans with fewer slices along Superior are refused.
+        most_bytes: scans with more bytes of voxels are refused before they are read.
+        patient_pattern: regular expression that finds the patient in the relative path, as its first group or as the
+            whole match. None takes DICOM's PatientID, TCGA barcodes, BIDS subjects, or folder and file names.
+        hash_ids: write salted hashes of scans and patients; False writes the names themselves.
+        salt: secret of the hashes. Manifests with the same salt can be compared by patient. None takes the one kept
+            beside ``output`` (``.salt``, which only its owner can read), or draws one.
+        workers: processes; None takes :func:`custom.data.arguments.default_workers`.
         progress: show a bar.
 
     Returns:
-        The manifest, saved if ``output`` was given. Whatever the files hold, no error comes from them.
+        The manifest, saved if ``output`` was given. No error comes from the content of files.
 
     Raises:
-        ValueError: for a number of slices or workers that is none.
-        ManifestError: for a folder that is none, an unknown profile, a pattern that is none, or an ``output`` or
-            ``against`` that cannot be used.
+        AliceError: if ``min_slices`` or ``workers`` is not a whole number, or too small.
+        ManifestError: if the folder does not exist, the profile is unknown, the pattern is not a regular expression, or
+            ``output`` or ``against`` cannot be used.
     """
     folder, output = _local(folder), _local(output) if output else None
     if not folder.is_dir():
         raise ManifestError(f"{folder}: no such folder.")
     if profile not in PROFILES:
-        raise ManifestError(f"profile {profile!r} is none of {', '.join(PROFILES)}.")
+        raise ManifestError(f"profile must be one of {', '.join(PROFILES)}; got {profile!r}.")
     try:
         pattern = re.compile(patient_pattern) if patient_pattern else None
     except re.error as error:
         raise ManifestError(
-            f"patient_pattern {patient_pattern!r} is no regular expression: {error}."
+            f"patient_pattern {patient_pattern!r} is not a regular expression: {error}."
         ) from error
     whole_number("min_slices", min_slices, 1)
-    whole_number("workers", workers, 0)
+    workers = worker_count(workers)
     salt = salt or _kept_salt(output)
     rules = Rules(profile, min_slices, most_bytes, salt, hash_ids, patient_pattern or "")
     manifest = Manifest(folder.resolve(), rules=shown(rules))
-    jobs, problems, manifest.others = walk(manifest.folder, _ours(output))
+    jobs, problems, manifest.others = find_files(manifest.folder, _ours(output))
     known = known_records(output, manifest)
-    manifest.records = problems + list(examine(jobs, rules, known, output, workers, progress))
+    manifest.records = problems + list(examine_all(jobs, rules, known, output, workers, progress))
     name_all(manifest.records, rules, pattern)
     pair_labels(manifest.records)
     mark_spread(manifest.records)
@@ -112,16 +109,16 @@ def scan_folder(
 
 
 def _local(path: str | Path) -> Path:
-    """A path, or a ``file://`` URL as one."""
+    """A path; a ``file://`` URL becomes one."""
     if is_url(str(path)) and not str(path).startswith(("file://", "local://")):
         raise ManifestError(
-            f"{path}: scans are examined where they lie. Copy or mount the folder, and scan it there."
+            f"{path}: a folder at a URL cannot be scanned. Copy or mount the folder, and scan it there."
         )
     return Path(fsspec.core.strip_protocol(str(path)) if is_url(str(path)) else path).expanduser()
 
 
 def _ours(output: Path | None) -> list[Path]:
-    """What a scan writes."""
+    """The files that a scan writes."""
     return [output, partial_of(output), _salt_file(output)] if output else []
 
 
@@ -130,7 +127,7 @@ def _salt_file(output: Path) -> Path:
 
 
 def _kept_salt(output: Path | None) -> str:
-    """The salt beside a manifest, drawn when there is none."""
+    """The salt beside a manifest; drawn if there is none."""
     if output is None:
         return secrets.token_hex(16)
     path = _salt_file(output)
@@ -146,12 +143,3 @@ def _kept_salt(output: Path | None) -> str:
             f"{path}: cannot be read or written ({error}). Give a salt, or another output."
         ) from error
     return salt
-
-
-def cost_of_build(manifest: Manifest, workers: int | None = None) -> str:
-    """What ``alice build`` with its defaults will take, in a sentence."""
-    workers = default_workers() if workers is None else workers
-    settings = {"spacing": list(SPACING), "crop_margin_mm": MARGIN_MM}
-    needs = needs_of(manifest.scans(fetch=False), manifest.folder, settings, workers)
-    voxel = " x ".join(f"{size:g}" for size in SPACING)
-    return f"alice build at {voxel} mm: {needs.of_a_build()} with {workers} processes"

@@ -1,14 +1,13 @@
 """Synthetic CT-like torsos with labelled organs and an exact, dense correspondence between all of them.
 
-Every phantom is the same canonical body seen through its own smooth map, so anatomy is a function of the
+Every phantom is the same canonical body, deformed by a smooth map of its own. So anatomy is a function of the
 canonical coordinate: two voxels of two subjects with equal coordinates are the same place. (Only the loops of
-small bowel and what fills the bowel are drawn anew for each subject.)
+small bowel and the content of the bowel are drawn anew for each subject.)
 """
 
 from __future__ import annotations
 
 import gzip
-import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from custom.data.phantom.pose import draw_pose, sample_knots, spread_knots
 from custom.data.phantom.shapes import FLARE_ORGANS, LABEL_OF_TISSUE, ORGANS_OF, Canvas
 from custom.data.phantom.surroundings import paint_surroundings
 from custom.errors import AliceError
+from custom.files import replacing, write_text
 
 __all__ = [
     "COVERAGES",
@@ -44,7 +44,7 @@ ORIENTATIONS = ("RAS", "LPS", "LAS", "RPS", "LPI", "RAI", "ASR")
 
 
 class Phantom(NamedTuple):
-    """One synthetic subject, index axes towards Right, Anterior, Superior.
+    """One synthetic subject; the array axes point towards Right, Anterior, Superior.
 
     Attributes:
         image: int16 (X, Y, Z), HU.
@@ -74,19 +74,19 @@ def make_phantom(
     Args:
         seed: a number, or several (a cohort uses ``[seed, index]``).
         shape: voxels X, Y, Z; by default about 160 x 160 x 128, or 96 x 80 x 80 for a small one.
-        spacing: voxel size in mm; by default what the field of view needs.
+        spacing: voxel size in mm; by default it follows from the field of view.
         phase: one of ``PHASES``; drawn by default.
-        coverage: a key of ``COVERAGES``, the part of the trunk in the scan; drawn by default, and "full"
-            for a small one. "full" holds all 13 organs. With both ``shape`` and ``spacing`` given, it only
-            says where the scan's middle lies.
+        coverage: a key of ``COVERAGES``, the part of the trunk in the scan; drawn by default, but "full" for a
+            small one. "full" holds all 13 organs. If both ``shape`` and ``spacing`` are given, it only decides
+            where the middle of the scan lies.
         size: "standard", or "small" for tests (3 to 5 mm voxels).
-        labels: "flare22" or "btcv", whose organs the label holds, in whose order.
+        labels: "flare22" or "btcv": which organs are labelled, and in which order.
 
     Returns:
         Image, label, canonical coordinates and affine.
 
     Raises:
-        ValueError: for an unknown phase, coverage, size or labels, a shape below 24 voxels, a spacing not above 0.
+        AliceError: if phase, coverage, size or labels are unknown, the shape is below 24 voxels, or the spacing not above 0.
     """
     return _make(seed, shape, spacing, phase, coverage, size, labels)[0]
 
@@ -99,11 +99,11 @@ def find_canonical(phantom: Phantom, canonical_mm: ArrayLike) -> FoundPoints:
         canonical_mm: (N, 3), for example ``other.canonical[voxels]``.
 
     Returns:
-        ``points_mm`` (N, 3) in world mm and ``residual_mm`` (N,): near 0 where the place is in the scan,
-        above a millimetre where it lies outside the field of view.
+        ``points_mm`` (N, 3) in world mm and ``residual_mm`` (N,): near 0 if the place is in the scan, more than a
+        millimetre if it lies outside of the field of view.
 
     Raises:
-        ValueError: if ``canonical_mm`` is not (N, 3).
+        AliceError: if ``canonical_mm`` is not (N, 3).
     """
     return find_places(phantom.canonical, phantom.affine, canonical_mm)
 
@@ -118,11 +118,12 @@ def write_cohort(
     labels: str = "flare22",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
-    """Write ``n`` subjects in the layout of FLARE22 or BTCV; those already complete are left as they are.
+    """Write ``n`` subjects in the layout of FLARE22 or BTCV. Subjects that are complete are not written again.
 
-    Writes ``images/FLARE22_Tr_0001_0000.nii.gz`` (int16 HU), ``labels/FLARE22_Tr_0001.nii.gz`` (uint8), or
-    ``imagesTr/img0001.nii.gz`` and ``labelsTr/label0001.nii.gz``; ``canonical/FLARE22_Tr_0001.npz`` (or
-    ``img0001.npz``; see :func:`read_canonical`, on the same voxels as the image) and ``README.txt``. Phase, field of view, voxel size, body and the order of the files' axes vary.
+    Writes ``images/FLARE22_Tr_0001_0000.nii.gz`` (int16 HU) and ``labels/FLARE22_Tr_0001.nii.gz`` (uint8), or
+    ``imagesTr/img0001.nii.gz`` and ``labelsTr/label0001.nii.gz``; the maps ``canonical/FLARE22_Tr_0001.npz`` or
+    ``canonical/img0001.npz`` (see :func:`read_canonical`); and ``README.txt``. Phase, field of view, voxel size, body and
+    the order of the files' axes vary.
 
     Args:
         folder: where to write; made if absent.
@@ -130,15 +131,15 @@ def write_cohort(
         seed: seed of the cohort.
         size: "standard" or "small", see :func:`make_phantom`.
         canonical: whether to write the coordinate maps (about 1 MB each).
-        labels: "flare22" or "btcv": organs, their order, and the files' layout.
+        labels: "flare22" or "btcv": the organs, their order, and the layout of the files.
         progress: called with (subjects done, n) after each.
 
     Returns:
         Paths of the n images.
 
     Raises:
-        ValueError: if ``n`` is below 1, ``size`` or ``labels`` is unknown, or the folder holds a cohort of
-            another seed, size or labels.
+        AliceError: if ``n`` is below 1, ``size`` or ``labels`` is unknown, or the folder holds a cohort with another seed,
+            size or labels.
     """
     if n < 1:
         raise AliceError(f"A cohort needs at least 1 subject, got n={n}.")
@@ -163,8 +164,8 @@ def write_cohort(
 def read_canonical(path: str | os.PathLike[str]) -> NDArray[np.float32]:
     """Canonical coordinates (X, Y, Z, 3) in mm of every voxel of a written image, in the file's axis order.
 
-    The file holds ``knots`` (samples about 8 mm apart) and ``shape``; the cubic spline through the knots is
-    how the map was defined, so this agrees with the phantom to float32 rounding (below 0.001 mm).
+    The file holds ``knots`` (samples about 8 mm apart) and ``shape``. The map is defined as the cubic spline through the
+    knots, so this agrees with the phantom to float32 rounding (below 0.001 mm).
     """
     with np.load(path) as stored:
         return spread_knots(stored["knots"], tuple(int(size) for size in stored["shape"]))
@@ -186,7 +187,7 @@ def _make(
         _check_choice("phase", phase, PHASES)
     if coverage is not None:
         _check_choice("coverage", coverage, tuple(COVERAGES))
-    # separate streams: fixing the phase of a subject leaves its body alone
+    # separate random streams: the body of a subject does not depend on its phase
     streams = np.random.SeedSequence(seed).spawn(4)
     body_rng, scan_rng, content_rng, image_rng = (np.random.default_rng(stream) for stream in streams)
 
@@ -228,24 +229,13 @@ def _write_subject(
         nib.orientations.apply_orientation(array, turn) for array in (phantom.image, phantom.label, map_knots)
     )
     if canonical_path is not None:
-        content = io.BytesIO()
-        np.savez_compressed(content, knots=knots, shape=np.array(image.shape))
-        _write_atomically(canonical_path, content.getvalue())
+        with replacing(canonical_path) as draft, open(draft, "wb") as file:
+            np.savez_compressed(file, knots=knots, shape=np.array(image.shape))
     for path, array in ((label_path, label), (image_path, image)):
         nifti = nib.Nifti1Image(np.ascontiguousarray(array), affine)
         nifti.header.set_xyzt_units("mm")
-        _write_atomically(path, gzip.compress(nifti.to_bytes(), compresslevel=3, mtime=0))
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the target and rename, so that a file that exists is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        with replacing(path) as draft:
+            draft.write_bytes(gzip.compress(nifti.to_bytes(), compresslevel=3, mtime=0))
 
 
 def _paths(labels: str, number: int) -> tuple[str, str, str]:
@@ -258,7 +248,7 @@ def _paths(labels: str, number: int) -> tuple[str, str, str]:
 
 
 def _claim_folder(folder: Path, seed: int, size: str, labels: str) -> None:
-    """Say in README.txt what the folder holds; refuse one that holds another cohort."""
+    """Write README.txt, which says what the folder holds. Refuse a folder that holds another cohort."""
     image, label, _ = (str(Path(p).parent) + "/" for p in _paths(labels, 1))
     of = "" if labels == "flare22" else f", labels {labels}"
     text = (
@@ -268,7 +258,7 @@ def _claim_folder(folder: Path, seed: int, size: str, labels: str) -> None:
         + f"\n\n{image:<11} int16, HU\n{label:<11} uint8, 0 is background\n"
         "canonical/  coordinates (mm) in the body shared by all subjects: equal coordinates, same place.\n"
         "            Read with custom.data.phantom.cohort.read_canonical; same voxels as the image.\n\n"
-        "Figures obtained on these files say that software works, and nothing about patients.\n"
+        "Results on these files show that software works. They say nothing about patients.\n"
     )
     readme = folder / "README.txt"
     if readme.exists():
@@ -276,7 +266,7 @@ def _claim_folder(folder: Path, seed: int, size: str, labels: str) -> None:
         if first != text.partition("\n")[0]:
             raise AliceError(f"{folder} holds other files ({first!r}): choose an empty folder.")
         return
-    _write_atomically(readme, text.encode())
+    write_text(readme, text)
 
 
 def _check_choice(what: str, value: str, choices: Sequence[str]) -> None:

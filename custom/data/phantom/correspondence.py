@@ -1,4 +1,4 @@
-"""Where a place of the canonical body lies in a phantom's scan."""
+"""Find places of the canonical body in the scan of a phantom."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class FoundPoints(NamedTuple):
 
     Attributes:
         points_mm: (N, 3) world coordinates, RAS.
-        residual_mm: (N,) how far the canonical coordinate there is from the one asked for: about 0 inside
-            the scan, and large where the place lies outside its field of view.
+        residual_mm: (N,) distance between the canonical coordinate there and the one asked for: about 0 inside
+            the scan, large if the place lies outside of its field of view.
     """
 
     points_mm: NDArray[np.float64]
@@ -28,7 +28,7 @@ class FoundPoints(NamedTuple):
 def find_places(canonical: Array, affine: NDArray[np.float64], wanted_mm: ArrayLike) -> FoundPoints:
     """Invert a canonical-coordinate map at given coordinates, to a fraction of a voxel.
 
-    A search among every fourth voxel gives the start; Newton steps on the trilinear map do the rest.
+    A search among every fourth voxel gives the start, which Newton steps on the trilinear map refine.
 
     Args:
         canonical: float32 (X, Y, Z, 3).
@@ -39,7 +39,7 @@ def find_places(canonical: Array, affine: NDArray[np.float64], wanted_mm: ArrayL
         Points of the scan and their residuals.
 
     Raises:
-        ValueError: if ``wanted_mm`` is not (N, 3).
+        AliceError: if ``wanted_mm`` is not (N, 3).
     """
     wanted = np.asarray(wanted_mm, dtype=np.float64)
     if wanted.ndim != 2 or wanted.shape[1] != 3:

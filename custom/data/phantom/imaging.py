@@ -1,6 +1,6 @@
 """From tissues to a CT image: attenuation by contrast phase, texture, partial volume and scanner noise.
 
-Numbers are textbook means with measured spreads ; tissues overlap in HU on purpose.
+The numbers are textbook means; their spreads make tissues overlap in HU on purpose.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def acquire(
         tissue: (X, Y, Z) of :class:`Tissue`.
         spacing_mm: voxel size.
         phase: one of ``PHASES``.
-        body_depth_mm: mean diameter of the trunk, which decides how many photons arrive.
-        rng: source of chance for patient, texture and noise.
+        body_depth_mm: mean diameter of the trunk, which decides how much noise there is.
+        rng: draws the patient, texture and noise.
 
     Returns:
         Int16 (X, Y, Z) in HU, between -1024 and 3071.
@@ -105,10 +105,8 @@ def acquire(
 
 
 def streaks(tissue: NDArray[np.uint8], rng: np.random.Generator) -> Array:
-    """Lines from left to right where rays pass much bone (hips, shoulders, arms beside the body), in HU."""
-    bone = (tissue == Tissue.CORTICAL).sum(axis=0, keepdims=True) / tissue.shape[
-        0
-    ]  # (1, Y, Z) share of a ray
+    """Streaks from left to right where rays pass through much bone (hips, shoulders, arms beside the body), in HU."""
+    bone = (tissue == Tissue.CORTICAL).mean(axis=0, keepdims=True)  # (1, Y, Z) share of a ray
     lines = gaussian_filter1d(rng.standard_normal(tissue.shape, dtype=np.float32), 12, axis=0)
     strength = rng.uniform(100, 250) * gaussian_filter1d(bone, 2, axis=1)
     return (lines / lines.std() * strength * (tissue != Tissue.AIR)).astype(np.float32)
@@ -118,7 +116,7 @@ def _draw_hu(phase: str, rng: np.random.Generator) -> tuple[Array, Array]:
     """Mean and texture sd (HU) of every tissue in one patient."""
     column = PHASES.index(phase)
     between_patients = rng.normal(0, 1, len(Tissue))
-    dose = rng.normal(1, 0.12)  # doses and timing differ: contrast adds to the spread
+    dose = rng.normal(1, 0.12)  # contrast dose and timing differ between patients
     for right, left in _SAME_BLOOD:
         between_patients[left] = between_patients[right]
     mean = np.zeros(len(Tissue), dtype=np.float32)

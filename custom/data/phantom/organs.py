@@ -1,4 +1,4 @@
-"""The labelled organs of the canonical body: where the 13 of FLARE22 lie, with their vessels and contents.
+"""The labelled organs of the canonical body: the 13 of FLARE22, with their vessels and contents.
 
 Millimetres; x towards Right, y Anterior, z Superior; x = y = 0 in the middle of the body and z = 0 at L1/L2.
 Volumes follow the usual adult ones (liver 1500 ml, kidney 155, spleen 200, pancreas 75, ...).
@@ -14,60 +14,20 @@ from custom.data.phantom.surroundings import cavity_radius, diaphragm_height
 RIGHT_KIDNEY, LEFT_KIDNEY = (66.0, -36.0, -14.0), (-63.0, -37.0, 2.0)
 KIDNEY_SEMI = (28.0, 26.0, 57.0)
 
-AORTA = [
-    (6, 20, 205, 14),
-    (12, 24, 240, 14),
-    (2, 18, 275, 13),
-    (-18, -4, 285, 13),
-    (-28, -22, 260, 12.5),
-    (-27, -24, 200, 12),
-    (-19, -18, 130, 12),
-    (-11, -14, 80, 11.5),
-    (-8, -14, 20, 10.5),
-    (-6, -14, -50, 9.5),
-    (-4, -13, -97, 9),
-]
-VENA_CAVA = [
-    (17, -12, -100, 10),
-    (19, -13, -45, 10.5),
-    (20, -11, 10, 11),
-    (23, -9, 60, 11.5),
-    (25, -4, 95, 12),
-    (18, 4, 128, 12),
-]
-ESOPHAGUS = [
-    (0, -20, 335, 8),
-    (-2, -24, 270, 8),
-    (-5, -22, 210, 9),
-    (-9, -18, 160, 9),
-    (-17, -8, 128, 9),
-    (-34, -3, 108, 10),
-]
-STOMACH = [
-    (-60, -4, 97, 24),
-    (-66, 12, 72, 27),
-    (-58, 32, 38, 24),
-    (-38, 45, 8, 21),
-    (-8, 49, -2, 17),
-    (20, 42, 8, 11),
-]
-PANCREAS = [
-    (31, 14, -10, 14),
-    (28, 18, 8, 15),
-    (14, 24, 20, 11),
-    (-10, 20, 29, 12),
-    (-42, 2, 39, 12.5),
-    (-76, -16, 53, 11),
-]
-DUODENUM = [
-    (22, 41, 9, 10),
-    (42, 33, 13, 11),
-    (52, 17, 0, 11),
-    (50, 9, -28, 10.5),
-    (28, 7, -46, 10),
-    (-5, 8, -42, 10),
-    (-28, 14, -24, 10),
-]
+# paths of tubes: x, y, z and radius in mm
+AORTA = [(6, 20, 205, 14), (12, 24, 240, 14), (2, 18, 275, 13), (-18, -4, 285, 13), (-28, -22, 260, 12.5),
+         (-27, -24, 200, 12), (-19, -18, 130, 12), (-11, -14, 80, 11.5), (-8, -14, 20, 10.5), (-6, -14, -50, 9.5),
+         (-4, -13, -97, 9)]  # fmt: skip
+VENA_CAVA = [(17, -12, -100, 10), (19, -13, -45, 10.5), (20, -11, 10, 11), (23, -9, 60, 11.5), (25, -4, 95, 12),
+             (18, 4, 128, 12)]  # fmt: skip
+ESOPHAGUS = [(0, -20, 335, 8), (-2, -24, 270, 8), (-5, -22, 210, 9), (-9, -18, 160, 9), (-17, -8, 128, 9),
+             (-34, -3, 108, 10)]  # fmt: skip
+STOMACH = [(-60, -4, 97, 24), (-66, 12, 72, 27), (-58, 32, 38, 24), (-38, 45, 8, 21), (-8, 49, -2, 17),
+           (20, 42, 8, 11)]  # fmt: skip
+PANCREAS = [(31, 14, -10, 14), (28, 18, 8, 15), (14, 24, 20, 11), (-10, 20, 29, 12), (-42, 2, 39, 12.5),
+            (-76, -16, 53, 11)]  # fmt: skip
+DUODENUM = [(22, 41, 9, 10), (42, 33, 13, 11), (52, 17, 0, 11), (50, 9, -28, 10.5), (28, 7, -46, 10), (-5, 8, -42, 10),
+            (-28, 14, -24, 10)]  # fmt: skip
 LIVER_VEINS = [  # hepatic veins run to the vena cava, portal branches from the hilum
     [(24, -2, 108, 5), (55, 0, 85, 4.5), (88, 5, 45, 3)],
     [(24, 0, 110, 5), (40, 25, 95, 4), (52, 52, 62, 2.5)],
@@ -79,7 +39,7 @@ LIVER_VEINS = [  # hepatic veins run to the vena cava, portal branches from the 
 
 
 def paint_organs(canvas: Canvas, rng: np.random.Generator) -> None:
-    """Paint the 13 organs over the surroundings; ``rng`` draws only what fills stomach and oesophagus."""
+    """Paint the 13 organs over the surroundings. ``rng`` draws only the content of stomach and oesophagus."""
     _paint_liver(canvas)
     spleen_centre = (-98.0, -26.0, 52.0)
     canvas.paint(Tissue.SPLEEN, _spleen(spleen_centre), *box_around(spleen_centre, 70))
@@ -163,7 +123,7 @@ def _paint_vessels(canvas: Canvas) -> None:
 
 
 def _paint_adrenals(canvas: Canvas) -> None:
-    # two thin limbs each, meeting in front: an inverted Y on axial slices
+    # each has two thin limbs that meet in front: an inverted Y on axial slices
     for tissue, side, (x, y, z) in (
         (Tissue.RIGHT_ADRENAL, 1, (39.0, -29.0, 46.0)),
         (Tissue.LEFT_ADRENAL, -1, (-35.0, -24.0, 50.0)),
@@ -185,7 +145,7 @@ def _paint_stomach(canvas: Canvas, gas_level: float) -> None:
     lumen = Tube(STOMACH, lumps=1.5, shrink=4.5)
     canvas.paint_tube(Tissue.STOMACH_FLUID, lumen, over=[Tissue.STOMACH])
 
-    # patients lie on their back: gas gathers in front, above a level
+    # patients lie on their back, so gas gathers in front
     def above_level(x: Array, y: Array, z: Array) -> Array:
         return gas_level - y
 

@@ -1,4 +1,4 @@
-"""How a subject lies in the scanner: field of view and voxels, arms beside the body, table under it."""
+"""The subject in the scanner: field of view and voxels, arms beside the body, table under it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def place_scan(
     size: str,
     rng: np.random.Generator,
 ) -> tuple[tuple[int, ...], tuple[float, ...], NDArray[np.float64], NDArray[np.float64]]:
-    """Choose the field of view: voxels, spacing, affine, and the canonical body's origin in world mm."""
+    """Choose the field of view. Returns voxels, spacing, affine, and the origin of the canonical body in world mm."""
     margin = rng.uniform(10, 35) if size == "small" else rng.uniform(-15, 65)
     field = pose.width_mm + margin
     low, high = (z * pose.scale[2] for z in COVERAGES[coverage])
@@ -59,7 +59,7 @@ def place_scan(
             max(MIN_VOXELS, round(e / s)) for e, s in zip(extent, spacing_mm, strict=True)
         )
     else:
-        # pixels are square; whichever of width and depth is tight decides
+        # pixels are square; their size must be enough for both width and depth
         pixel = max(field / voxels[0], (pose.depth_mm + margin) / voxels[1])
         spacing_mm = (pixel, pixel, (high - low) / voxels[2])
 
@@ -76,7 +76,7 @@ def add_arms_and_table(
     pose: Pose,
     rng: np.random.Generator,
 ) -> None:
-    """Paint arms beside the body (in 12 %) and the table under it (in 85 %) into what is still air."""
+    """Paint arms beside the body (in 12 % of scans) and the table under it (in 85 %), where there is air."""
     with_arms, with_table = rng.random() < 0.12, rng.random() < 0.85
     sag, gap = rng.uniform(1500, 4000), rng.uniform(2, 8)
     x, y, z = (

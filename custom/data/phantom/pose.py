@@ -1,4 +1,4 @@
-"""One subject's body: the smooth map from a scan's world coordinates to the canonical body, without folds."""
+"""The body of one subject: a smooth map, without folds, from world coordinates to the canonical body."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from custom.data.phantom.surroundings import BODY_SEMI, WALL_SEMI, body_profile
 
 Points = NDArray[np.float64]
 
-KNOT_STEP_MM = 8.0  # ours: displacements change over 50 mm and more
-LEAST_DETERMINANT = 0.25  # of the map's Jacobian, scale of the body taken out
+KNOT_STEP_MM = 8.0  # displacements change over 50 mm and more (ours)
+LEAST_DETERMINANT = 0.25  # of the map's Jacobian, divided by the scale of the body
 
 # organ centre in canonical mm, reach (sigma) of its own displacement, sd of its shift in x, y, z,
 # sd of log size
@@ -41,11 +41,11 @@ class Pose:
     Attributes:
         width_mm, depth_mm: left-right and front-back size of the trunk at the liver.
         scale: subject mm per canonical mm inside the body wall, (3,).
-        fat: thickness of the fat under the skin over that of the canonical body, at the sides and front/back.
+        fat: thickness of the fat under the skin relative to the canonical body, at the sides and at front and back.
         rotation: (3, 3), from the scanner's frame to the body's.
-        waves: (K, 8) rows of wave vector (3), phase, amplitude in mm (3), and 1 where it fades at the wall.
+        waves: (K, 8) rows of wave vector (3), phase, amplitude in mm (3), and 1 if it fades at the body wall.
         blobs: (M, 8) rows of centre (3), sigma, shift in mm (3), log size.
-        strength: share of waves and blobs applied, lowered where they would fold.
+        strength: factor of waves and blobs, below 1 if the map would fold otherwise.
     """
 
     width_mm: float
@@ -58,7 +58,7 @@ class Pose:
     strength: float = 1.0
 
     def canonical(self, points_mm: Points) -> Points:
-        """Canonical mm of points (..., 3) given in mm about the scanner's isocentre at canonical zero."""
+        """Canonical mm of points (..., 3), which are in mm from the isocentre, where the canonical origin lies."""
         body = (points_mm @ self.rotation.T) / self.scale
         body = self._undo_fat(body)
         return body + self.strength * self._displacement(body)
@@ -69,7 +69,7 @@ class Pose:
         radius = np.maximum(superellipse(x / a, y / b, 1.0, 1.0), 1e-6)
         sideways = (np.abs(x) / a / radius) ** 2.4  # 1 at the sides, 0 in front and behind
         fat = self.fat[0] * sideways + self.fat[1] * (1 - sideways)
-        soft = 0.06  # a gradual start, so that the map stays smooth
+        soft = 0.06  # starts gradually, so that the map is smooth
         beyond = soft * np.logaddexp(0, (radius - 1) / soft)
         stretch = 1 + (1 / fat - 1) * beyond / radius
         return body * np.stack([stretch, stretch, np.ones_like(stretch)], axis=-1)
@@ -86,13 +86,13 @@ class Pose:
         for blob in self.blobs:
             offset = body - blob[:3]
             weight = np.exp(-(offset**2).sum(axis=-1) / (2 * blob[3] ** 2)) * (0.05 + 0.95 * inner) * spine
-            # an organ that is larger in the subject covers the same canonical size: the map shrinks
+            # an organ that is larger in the subject has the same canonical size, so the map shrinks it
             moved -= weight[..., None] * (blob[4:7] + blob[7] * offset)
         return moved
 
 
 def draw_pose(rng: np.random.Generator) -> Pose:
-    """Draw a subject; the displacement is weakened until the map folds nowhere."""
+    """Draw a subject. The displacement is weakened until the map has no folds."""
     width = float(np.clip(rng.normal(340, 35), 270, 430))
     depth = float(np.clip(0.66 * width + rng.normal(0, 18), 165, 290))
     fat_side = float(np.clip(22 + 0.3 * (width - 340) + rng.normal(0, 6), 9, 45))
@@ -127,7 +127,7 @@ def _draw_wave(
 
 
 def _least_determinant(pose: Pose) -> float:
-    """Smallest Jacobian determinant inside the body's bounding box, relative to the body's scale."""
+    """The smallest Jacobian determinant in the body's bounding box, relative to the scale of the body."""
     step = 10.0
     axes = [np.arange(-extent, extent + 1, step) for extent in (pose.width_mm / 2, pose.depth_mm / 2)]
     z = np.arange(-280.0, 341.0, 2 * step)
@@ -135,12 +135,12 @@ def _least_determinant(pose: Pose) -> float:
     field = pose.canonical(points)
     slopes = [np.gradient(field, s, axis=axis) for axis, s in enumerate((step, step, 2 * step))]
     determinant = np.linalg.det(np.stack(slopes, axis=-1))
-    fat = max(1.0, *pose.fat)  # where fat is thick, the map across it is flat without any fold
+    fat = max(1.0, *pose.fat)  # where fat is thick the map is flat, which is not a fold
     return float(determinant.min() * pose.scale.prod() * fat)
 
 
 def sample_knots(pose: Pose, shape: tuple[int, ...], affine: Points, isocentre_mm: Points) -> Array:
-    """The map on a coarse grid that spans the scan from first to last voxel: float32 (kx, ky, kz, 3)."""
+    """The map on a coarse grid from the first to the last voxel of the scan: float32 (kx, ky, kz, 3)."""
     axes = []
     for axis, size in enumerate(shape):
         extent = (size - 1) * abs(affine[axis, axis])
@@ -153,7 +153,7 @@ def sample_knots(pose: Pose, shape: tuple[int, ...], affine: Points, isocentre_m
 def spread_knots(knots: Array, shape: tuple[int, ...]) -> Array:
     """Evaluate the cubic spline through coarse samples at every voxel.
 
-    This *defines* the map of a phantom, so a map stored as knots is read back exactly.
+    This *defines* the map of a phantom, so a map that is stored as knots is read back exactly.
 
     Args:
         knots: (kx, ky, kz, C) samples, evenly spaced from the first to the last voxel of each axis.
@@ -163,7 +163,7 @@ def spread_knots(knots: Array, shape: tuple[int, ...]) -> Array:
         Float32 (X, Y, Z, C).
     """
     values = knots
-    for size in shape:  # each pass consumes the first axis and appends it at the end
+    for size in shape:  # each pass takes the first axis and puts it at the end
         count = values.shape[0]
         spline = CubicSpline(np.linspace(0, size - 1, count), np.eye(count))
         weights = spline(np.arange(size)).astype(np.float32)

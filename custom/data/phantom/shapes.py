@@ -1,4 +1,4 @@
-"""Tissues of the phantom, and how a shape given in canonical millimetres is painted onto a scan's voxels."""
+"""Tissues of the phantom, and shapes in canonical mm that are painted onto the voxels of a scan."""
 
 from __future__ import annotations
 
@@ -11,30 +11,17 @@ from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline
 from scipy.spatial import cKDTree
 
-FLARE_ORGANS: tuple[str, ...] = (
-    "liver",
-    "right kidney",
-    "spleen",
-    "pancreas",
-    "aorta",
-    "inferior vena cava",
-    "right adrenal gland",
-    "left adrenal gland",
-    "gallbladder",
-    "esophagus",
-    "stomach",
-    "duodenum",
-    "left kidney",
-)
+FLARE_ORGANS = ("liver", "right kidney", "spleen", "pancreas", "aorta", "inferior vena cava", "right adrenal gland",
+                "left adrenal gland", "gallbladder", "esophagus", "stomach", "duodenum", "left kidney")  # fmt: skip
 """The organs of FLARE22 in label order: ``FLARE_ORGANS[i]`` has label ``i + 1``."""
 
-Array = NDArray[Any]  # of floats; float32 where it covers a scan
+Array = NDArray[Any]  # of floats; float32 if it covers a scan
 Shape = Callable[[Array, Array, Array], Array]
-"""Maps canonical x, y, z in mm to a number below 0 inside and above 0 outside, roughly a distance in mm."""
+"""Maps canonical x, y, z in mm to roughly the distance from its surface in mm: below 0 inside, above 0 outside."""
 
 
 class Tissue(IntEnum):
-    """What a voxel is made of; 1 to 13 are FLARE22's labels."""
+    """The tissue of a voxel; 1 to 13 are the labels of FLARE22."""
 
     AIR = 0
     LIVER = 1
@@ -82,36 +69,12 @@ class Tissue(IntEnum):
     TABLE = 43
 
 
-BTCV_ORGANS = (
-    "spleen",
-    "right kidney",
-    "left kidney",
-    "gallbladder",
-    "esophagus",
-    "liver",
-    "stomach",
-    "aorta",
-    "inferior vena cava",
-    "portal and splenic veins",
-    "pancreas",
-    "right adrenal gland",
-    "left adrenal gland",
-)
-_BTCV_TISSUES = (
-    Tissue.SPLEEN,
-    Tissue.RIGHT_KIDNEY,
-    Tissue.LEFT_KIDNEY,
-    Tissue.GALLBLADDER,
-    Tissue.ESOPHAGUS,
-    Tissue.LIVER,
-    Tissue.STOMACH,
-    Tissue.AORTA,
-    Tissue.VENA_CAVA,
-    Tissue.PORTAL_VEIN,
-    Tissue.PANCREAS,
-    Tissue.RIGHT_ADRENAL,
-    Tissue.LEFT_ADRENAL,
-)
+BTCV_ORGANS = ("spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
+               "inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal gland",
+               "left adrenal gland")  # fmt: skip
+_BTCV_TISSUES = (Tissue.SPLEEN, Tissue.RIGHT_KIDNEY, Tissue.LEFT_KIDNEY, Tissue.GALLBLADDER, Tissue.ESOPHAGUS,
+                 Tissue.LIVER, Tissue.STOMACH, Tissue.AORTA, Tissue.VENA_CAVA, Tissue.PORTAL_VEIN, Tissue.PANCREAS,
+                 Tissue.RIGHT_ADRENAL, Tissue.LEFT_ADRENAL)  # fmt: skip
 _INSIDE = {  # tissues that belong to an organ
     Tissue.RIGHT_MEDULLA: Tissue.RIGHT_KIDNEY,
     Tissue.LEFT_MEDULLA: Tissue.LEFT_KIDNEY,
@@ -124,7 +87,7 @@ _INSIDE = {  # tissues that belong to an organ
 
 
 def _label_table(organs: Sequence[Tissue]) -> NDArray[np.uint8]:
-    """Label of every tissue: its organ's place among ``organs``, counted from 1; 0 if it is of none."""
+    """The label of every tissue: the number of its organ in ``organs``, from 1; 0 if it belongs to none."""
     label_of = {organ: label for label, organ in enumerate(organs, start=1)}
     return np.array([label_of.get(_INSIDE.get(t, t), 0) for t in Tissue], dtype=np.uint8)
 
@@ -134,9 +97,9 @@ ORGANS_OF = {"flare22": FLARE_ORGANS, "btcv": BTCV_ORGANS}
 
 
 class Canvas:
-    """Tissues of a scan, painted shape after shape at the voxels' canonical coordinates.
+    """The tissues of a scan, painted shape after shape.
 
-    A shape is evaluated only inside its bounding box, so that sixty of them cost a few passes over the scan.
+    A shape is evaluated only inside its bounding box, so sixty shapes cost a few passes over the scan.
 
     Args:
         canonical: float32 (X, Y, Z, 3), canonical mm of every voxel.
@@ -150,7 +113,7 @@ class Canvas:
         self._margin = float(max(steps))  # a shape may lie between two coarse samples
 
     def block(self, low: Sequence[float], high: Sequence[float]) -> tuple[slice, slice, slice] | None:
-        """Slices that hold every voxel with canonical coordinates in the box, None if there is none."""
+        """Slices that hold every voxel with canonical coordinates in the box; None if there is no such voxel."""
         box_low = np.asarray(low, dtype=np.float32) - self._margin
         box_high = np.asarray(high, dtype=np.float32) + self._margin
         within = (self._coarse > box_low) & (self._coarse < box_high)
@@ -173,7 +136,7 @@ class Canvas:
     ) -> None:
         """Set ``tissue`` wherever ``shape`` is negative inside the box ``low``..``high`` (mm).
 
-        ``over`` limits this to voxels of these tissues; by default anything but air gives way.
+        ``over``: paint only over these tissues; by default over everything but air.
         """
         where = self.block(low, high)
         if where is None:
@@ -216,7 +179,7 @@ class Tube:
         self._reach = float(reach) + 1.0
 
     def nearest(self, x: Array, y: Array, z: Array) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-        """Distance (mm, inf if far) to the path and the index of the nearest of its samples."""
+        """Distance to the path in mm (inf if far), and the index of its nearest sample."""
         return self._tree.query(np.stack([x, y, z], axis=-1), distance_upper_bound=self._reach)
 
     def __call__(self, x: Array, y: Array, z: Array) -> Array:
@@ -226,7 +189,7 @@ class Tube:
 
 
 def bumps(x: Array, y: Array, z: Array, height: float) -> Array | float:
-    """A fixed lobulation of about 2 cm, between ``-height`` and ``height``."""
+    """A fixed pattern of bumps of about 2 cm, between ``-height`` and ``height``."""
     if height == 0:
         return 0.0
     return height * np.sin(x / 5.3 + 1) * np.sin(y / 4.7 + 2) * np.sin(z / 5.9)

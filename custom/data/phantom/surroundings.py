@@ -1,4 +1,4 @@
-"""What surrounds the labelled organs (skin, fat, wall, bones, lungs, heart, bowel), in canonical mm."""
+"""Everything around the labelled organs (skin, fat, wall, bones, lungs, heart, bowel), in canonical mm."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ CAVITY_Y = 7.0
 SPINE_Y = -45.0
 T12_Z, THORACIC_PITCH = 52.0, 27.0
 L1_Z, LUMBAR_PITCH = 20.0, 35.0
-EVERYWHERE = ((-1e4, -1e4, -1e4), (1e4, 1e4, 1e4))
 
 COLON = [  # caecum, hepatic flexure, transverse, splenic flexure, descending, sigmoid, rectum
     [(80, 10, -135, 22), (88, 5, -105, 25), (90, 2, -60, 23), (88, 14, -28, 20)],
@@ -33,7 +32,7 @@ COLON = [  # caecum, hepatic flexure, transverse, splenic flexure, descending, s
 
 
 def body_profile(z: Array) -> Array:
-    """Width of the trunk at height ``z`` relative to that at the liver: waist, hips, shoulders."""
+    """Width of the trunk at height ``z``, relative to its width at the liver."""
     heights = [-300, -220, -150, -50, 60, 220, 300, 350, 400]
     widths = [1.0, 1.04, 1.02, 0.97, 1.0, 1.0, 0.97, 0.85, 0.6]
     return np.interp(z, heights, widths).astype(np.float32)
@@ -47,14 +46,14 @@ def cavity_radius(x: Array, y: Array, z: Array) -> Array:
 
 
 def diaphragm_height(x: Array, y: Array) -> Array:
-    """z of the diaphragm: two domes, the right one higher, falling off towards the wall."""
+    """z of the diaphragm: two domes that fall off towards the wall; the right one is higher."""
     radius = np.minimum(superellipse(x, y - CAVITY_Y, *CAVITY_SEMI, power=2.0), 1.3)
     left = 1 / (1 + np.exp((x + 5) / 12))
     return 128 - 9 * left - 82 * radius**4.5 - 7 * np.exp(-((x + 12) ** 2) / 900)
 
 
 def paint_surroundings(canvas: Canvas, rng: np.random.Generator) -> None:
-    """Paint everything that has no label; ``rng`` draws the loops of small bowel and what fills the bowel."""
+    """Paint everything that has no label. ``rng`` draws the loops of small bowel and the content of the bowel."""
     _paint_trunk(canvas)
     _paint_chest(canvas)
     _paint_muscles(canvas)
@@ -225,7 +224,7 @@ def _paint_pelvis(canvas: Canvas) -> None:
 
 
 def _paint_small_bowel(canvas: Canvas, rng: np.random.Generator) -> None:
-    """Loops as cells around random centres: each patient has their own, as no loop has a fixed place."""
+    """Paint loops as cells around random centres, different in each patient, because loops have no fixed place."""
     count = 170
     centres = np.array([0.0, 22.0, -95.0]) + rng.uniform(-1, 1, (count, 3)) * [92, 48, 78]
     fillings = [Tissue.BOWEL_FLUID, Tissue.BOWEL_WALL, Tissue.BOWEL_GAS, Tissue.BOWEL_CONTRAST]

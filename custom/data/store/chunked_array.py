@@ -1,38 +1,37 @@
-"""One array in one chunked, compressed file: written slab by slab, read box by box, a checksum for every chunk."""
+"""An array in a compressed file: written slab by slab, read box by box, with a checksum for every chunk."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
-import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import blosc2
 import numpy as np
 
 from custom.data.errors import StoreError
+from custom.files import replacing
 
-CHUNK = 64  # voxels a side: a 192x192x64 crop touches few chunks (spec, performance.md section 4)
-BLOCK = 16
+CHUNK = 64  # voxels along each side: a 192 x 192 x 64 crop touches few chunks (docs/performance.md, "Data loading")
+BLOCK = 16  # voxels along each side: the smallest part that is decompressed
+MAKE_ROOM = "Make room on the disk and build again."
 _CHECKSUMS = "crc32"  # of every chunk as compressed, little-endian uint32, in the file's own metadata
 
 
 class ArrayWriter:
-    """Writes an array in slabs along x, beside its place; it is moved there when complete.
+    """Write an array in slabs along x. The file appears when the array is complete.
 
-    Use it in a ``with`` statement; an error in it leaves nothing behind.
+    Use it in a ``with`` statement. An error there leaves no file.
 
     Args:
         path: of the file.
         shape: of the whole array.
         dtype: of its voxels.
-
-    Attributes:
-        sha256: of the voxels written so far, independent of how they are compressed.
 
     Raises:
         StoreError: if the disk is full, or the file cannot be written.
@@ -40,72 +39,71 @@ class ArrayWriter:
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any) -> None:
         self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)
-        self.temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self._digest, self._filled, self._array = hashlib.sha256(), 0, None
 
     @property
     def sha256(self) -> str:
-        """Of the voxels."""
+        """SHA-256 of the voxels written so far; it does not depend on the compression."""
         return self._digest.hexdigest()
 
     def __enter__(self) -> ArrayWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         chunks = tuple(min(CHUNK, n) for n in self.shape)
-        try:
-            self._array = blosc2.empty(
-                self.shape,
-                dtype=self.dtype,
-                chunks=chunks,
-                blocks=tuple(min(BLOCK, n) for n in chunks),
-                cparams={
-                    # a crop is cut in less than half the time of zstd, for a tenth more disk (docs/performance.md)
-                    "codec": blosc2.Codec.LZ4HC,
-                    "clevel": 5,
-                    "filters": [blosc2.Filter.BITSHUFFLE],
-                    "nthreads": 1,
-                },
-                urlpath=str(self.temporary),
-                mode="w",
-            )
-        except (OSError, RuntimeError) as error:
-            self.temporary.unlink(missing_ok=True)
-            raise self._refusal(error) from error
+        with contextlib.ExitStack() as stack:
+            draft = stack.enter_context(replacing(self.path, sync=True, error=StoreError, advice=MAKE_ROOM))
+            with _disk_errors():
+                self._array = blosc2.empty(
+                    self.shape,
+                    dtype=self.dtype,
+                    chunks=chunks,
+                    blocks=tuple(min(BLOCK, n) for n in chunks),
+                    cparams={
+                        # a crop is cut in less than half the time of zstd, for a tenth more disk (docs/performance.md)
+                        "codec": blosc2.Codec.LZ4HC,
+                        "clevel": 5,
+                        "filters": [blosc2.Filter.BITSHUFFLE],
+                        "nthreads": 1,
+                    },
+                    urlpath=str(draft),
+                    mode="w",
+                )
+            stack.push(self._finish)
+            self._stack = stack.pop_all()  # open until __exit__
         return self
 
     def write(self, slab: np.ndarray) -> None:
-        """The next slab along x; all but the last are a multiple of ``CHUNK`` long."""
+        """Add the next slab along x. All but the last must have a multiple of ``CHUNK`` planes."""
         assert self._array is not None and self._filled % CHUNK == 0, "slabs are whole chunks"
         whole = np.ascontiguousarray(slab, dtype=self.dtype)
         self._digest.update(whole)
-        try:
+        with _disk_errors():
             self._array[self._filled : self._filled + len(whole)] = whole
-        except (OSError, RuntimeError) as error:  # blosc2 reports a full disk as RuntimeError
-            raise self._refusal(error) from error
         self._filled += len(whole)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: Any) -> None:
+        self._stack.__exit__(*failure)
+
+    def _finish(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Add the checksums, and close the file."""
         array, self._array = self._array, None
-        try:
-            if kind is None:
-                assert array is not None and self._filled == self.shape[0], "all slabs were written"
+        if kind is None:
+            assert array is not None and self._filled == self.shape[0], "all slabs were written"
+            with _disk_errors():
                 schunk = array.schunk
                 sums = [zlib.crc32(schunk.get_chunk(i)) for i in range(schunk.nchunks)]
                 schunk.vlmeta[_CHECKSUMS] = np.array(sums, "<u4").tobytes()
-                del schunk, array
-                os.replace(self.temporary, self.path)
-        except (OSError, RuntimeError) as failure:
-            raise self._refusal(failure) from failure
-        finally:
-            self.temporary.unlink(missing_ok=True)
 
-    def _refusal(self, error: BaseException) -> StoreError:
-        return StoreError(f"{self.path}: cannot be written ({error}). Make room on the disk and build again.")
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """blosc2 reports a full disk as RuntimeError; raise it as the OSError that it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def write_array(path: Path, array: np.ndarray) -> str:
-    """A whole array; its sha256."""
+    """Write a whole array; returns the SHA-256 of its voxels."""
     with ArrayWriter(path, array.shape, array.dtype) as writer:
         for start in range(0, len(array), CHUNK):
             writer.write(array[start : start + CHUNK])
@@ -113,17 +111,16 @@ def write_array(path: Path, array: np.ndarray) -> str:
 
 
 class ChunkedArray:
-    """A file that :class:`ArrayWriter` made, open for reading.
+    """A file of :class:`ArrayWriter`, opened for reading.
 
-    Every chunk's checksum is compared when it is first touched, before anything is decompressed. A file without
-    checksums (of format 1) is read unverified.
+    The checksum of a chunk is compared when the chunk is first read, before it is decompressed.
 
     Raises:
-        RuntimeError: if the file, or on reading a chunk, is damaged.
+        RuntimeError: if the file is damaged, or, while reading, one of its chunks.
     """
 
     def __init__(self, path: Path) -> None:
-        # one thread: parallelism comes from the workers, and a forked worker must not inherit a thread pool
+        # one thread: the workers run in parallel anyway, and a forked worker must not inherit a thread pool
         self._array = blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
         if not isinstance(self._array, blosc2.NDArray):
             raise RuntimeError("it holds no array")
@@ -131,18 +128,11 @@ class ChunkedArray:
         self.dtype = self._array.dtype
         self._chunks = tuple(int(n) for n in self._array.chunks)
         self._grid = tuple(math.ceil(n / c) for n, c in zip(self.shape, self._chunks, strict=True))
-        self._sums: np.ndarray | None = None
         self._seen = np.zeros(self._grid, dtype=bool)
         meta = self._array.schunk.vlmeta
-        if _CHECKSUMS in meta:
-            self._sums = np.frombuffer(meta[_CHECKSUMS], "<u4")
-            if len(self._sums) != self._seen.size:
-                raise RuntimeError("its checksums are not whole")
-
-    @property
-    def has_checksums(self) -> bool:
-        """Whether damage would be noticed."""
-        return self._sums is not None
+        self._sums = np.frombuffer(meta.get(_CHECKSUMS, b""), "<u4")
+        if len(self._sums) != self._seen.size:
+            raise RuntimeError("its checksums are missing or not whole")
 
     def read(self, low: tuple[int, ...], high: tuple[int, ...]) -> np.ndarray:
         """Voxels from ``low`` to before ``high``."""
@@ -156,14 +146,13 @@ class ChunkedArray:
 
     def _verify_box(self, ranges: list[range]) -> None:
         box = tuple(slice(r.start, r.stop) for r in ranges)
-        if self._sums is not None and not self._seen[box].all():
+        if not self._seen[box].all():
             for place in itertools.product(*ranges):
                 if not self._seen[place]:
                     self._verify(place)
 
     def _verify(self, place: tuple[int, ...]) -> None:
         number = int(np.ravel_multi_index(place, self._grid))
-        assert self._sums is not None
         if zlib.crc32(self._array.schunk.get_chunk(number)) != int(self._sums[number]):
             raise RuntimeError(f"checksum of chunk {number} differs")
         self._seen[place] = True

@@ -1,4 +1,4 @@
-"""One scan into a store: read, check, orient, resample, cut to the body, compress; slab by slab."""
+"""Convert one scan for a store: read, check, orient, resample, cut to the body and compress it, slab by slab."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ from custom.data.formats.dicom_volume import read_series
 from custom.data.formats.open_scan import Voxels, open_scan
 from custom.data.formats.reasons import Fault
 from custom.data.grid.body import body_box, body_mask, crop_box, near_body
+from custom.data.grid.orientation import spacing_of, to_ras
 from custom.data.grid.profiles import PROFILES, Values, body_threshold, scaling, to_hu, to_stored
-from custom.data.grid.resample import Regrid, regrid, resample_part, spacing_of, to_ras
+from custom.data.grid.resample import Regrid, regrid, resample_part
 from custom.data.scans import Scan
 from custom.data.store.chunked_array import CHUNK, ArrayWriter, write_array
-from custom.data.store.volume_store import VolumeRecord, sha256_of_file, volume_path, write_text
+from custom.data.store.volume_store import VolumeRecord, store_text, volume_path
+from custom.files import sha256_of_file
 
-_SLAB = 1 << 24  # voxels of the scan that are worked on at a time: 64 MiB as float32 (ours)
-_IN_MEMORY = 1 << 28  # bytes of a resampled scan; a larger one lies in a temporary file (ours)
+_SLAB = 1 << 24  # voxels of the scan that are converted at a time: 64 MiB as float32 (ours)
+_IN_MEMORY = 1 << 28  # bytes; a larger resampled scan is kept in a temporary file (ours)
 
 
 def convert(scan: Scan, store: Path, settings: dict[str, Any]) -> VolumeRecord:
-    """Write one scan's files; its record comes last, so that a volume with a record is complete.
+    """Write the files of one scan. Its record comes last, so a volume with a record is complete.
 
-    Memory: the scan as its file stores it (2 bytes a voxel for most CT), and some hundred MB.
+    It needs memory for the scan as its file stores it (2 bytes for each voxel of most CT), and some hundred MB.
 
     Args:
-        scan: of a list.
+        scan: to convert.
         store: folder to write.
-        settings: of the store, see ``build_store``.
+        settings: of the store, from ``BuildSettings.stored``.
 
     Raises:
         ScanError: if the scan cannot be used.
@@ -97,19 +99,18 @@ def convert(scan: Scan, store: Path, settings: dict[str, Any]) -> VolumeRecord:
         labels=labels,
         crop_start=list(low),
         scaling=scaled,
-        chunk_checksums=True,
     )
-    write_text(record_path(store, scan.name), json.dumps(asdict(record) | {"settings": settings}))
+    store_text(record_path(store, scan.name), json.dumps(asdict(record) | {"settings": settings}))
     return record
 
 
 def record_path(store: Path, name: str) -> Path:
-    """Where a finished volume's record lies."""
+    """The file with the record of a finished volume."""
     return store / "volumes" / f"{name}.json"
 
 
 def stamp(path: Path) -> dict[str, int]:
-    """Size and time of a file: enough to see that it is the one of before without reading it."""
+    """Size and time of a file, which show without reading it whether it has changed."""
     try:
         found = path.stat()
     except OSError:
@@ -136,10 +137,10 @@ def _open_file(path: Path) -> Voxels:
 def _resampled(
     scan: Scan, voxels: Voxels, spacing: tuple[float, ...], profile: str, folder: Path
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The scan on the store's grid: int16 HU, or float32 of another profile; and its affine."""
+    """The scan on the store's grid, and its affine. CT is int16 HU, other profiles are float32."""
     turned, turned_affine = to_ras(voxels.raw, voxels.affine)
     plan = regrid(turned.shape, turned_affine, spacing)
-    axis = int(np.argmax(np.abs(turned.strides)))  # what lies together in memory stays together
+    axis = int(np.argmax(np.abs(turned.strides)))  # slabs that are contiguous in memory
     values = Values(scan.image)
     for _, part in _slabs(turned, plan, axis, halo=False):
         values.see(voxels.scaled(part))
@@ -158,13 +159,13 @@ def _resampled(
 def _slabs(
     volume: np.ndarray, plan: Regrid, axis: int, halo: bool = True
 ) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-    """New voxels from where to where along the axis, and the old voxels they are made of.
+    """Range of new voxels along the axis, and the old voxels that they are made of.
 
-    Without a halo: old voxels, each once.
+    Without ``halo``: every old voxel once.
     """
     area = math.prod(n for a, n in enumerate(volume.shape) if a != axis)
     planes = max(1, _SLAB // max(area, 1))  # of the scan
-    if halo:  # as many new planes as these make, but no more than take as much room
+    if halo:  # as many new planes as these become, but no more than fit into as much room
         new_area = math.prod(n for a, n in enumerate(plan.shape) if a != axis)
         planes = max(1, min(int(planes / plan.factors[axis]), _SLAB // new_area))
     length = volume.shape[axis] if not halo else plan.shape[axis]
@@ -178,7 +179,7 @@ def _slabs(
 
 @contextlib.contextmanager
 def _workspace(shape: tuple[int, ...], dtype: np.dtype, folder: Path) -> Iterator[np.ndarray]:
-    """Room for a volume: memory, or a temporary file where it is large."""
+    """Room for a volume: memory, or a temporary file if it is large."""
     size = math.prod(shape) * dtype.itemsize
     if size <= _IN_MEMORY:
         yield np.empty(shape, dtype)
@@ -187,7 +188,7 @@ def _workspace(shape: tuple[int, ...], dtype: np.dtype, folder: Path) -> Iterato
     path = folder / f"work.{platform.node()}.{os.getpid()}.tmp"
     try:
         with open(path, "w+b") as file:
-            if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a bus error later
+            if hasattr(os, "posix_fallocate"):  # reports a full disk here; later it would be a bus error
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 file.truncate(size)
@@ -201,7 +202,7 @@ def _workspace(shape: tuple[int, ...], dtype: np.dtype, folder: Path) -> Iterato
 
 
 def _let_go(volume: np.ndarray) -> None:
-    """Pages of a temporary file that were written need not stay in this process's memory."""
+    """Free the memory of what was written to a temporary file."""
     if isinstance(volume, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
         volume._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
@@ -214,7 +215,7 @@ def _write_label(
     low: tuple[int, ...],
     high: tuple[int, ...],
 ) -> tuple[str | None, list[int]]:
-    """The label map, cut as its image: its sha256 and the labels in it."""
+    """Write the label map, cut like its image. Returns its SHA-256 and the labels in it."""
     if scan.label is None:
         return None, []
     shape, affine = source_grid

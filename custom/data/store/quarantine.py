@@ -1,4 +1,4 @@
-"""Scans found damaged while they were read: set aside, counted over all workers, and told of; never passed over."""
+"""Quarantine: damaged scans that a run meets are set aside, counted over all workers, and reported."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import torch
 from ignite.engine import Events
 
 from custom.data.errors import DamagedScan, StoreError
-from custom.data.store.volume_store import write_text
 from custom.errors import AliceError
+from custom.files import write_text
 from custom.processes import names_of_all, rank
 
 logger = logging.getLogger(__name__)
 
 
 class Quarantine:
-    """Which scans of a run were found damaged, in memory that a loader's workers share.
+    """The damaged scans of a run, in memory that the workers of a loader share.
 
-    A scan is verified whole before its first use, by whichever worker meets it first, so that it is damaged for every
-    pair or for none: what is drawn in its place then depends on the store alone.
+    The worker that first needs a scan verifies all of it. So a scan is damaged for every pair or for none, and what is
+    drawn in its place depends only on the store.
 
     Args:
         names: of the run's scans.
-        allowed: how many may be damaged; one more stops the run.
+        allowed: number of scans that may be damaged; one more stops the run.
     """
 
     def __init__(self, names: Sequence[str], allowed: int = 0) -> None:
@@ -45,14 +45,14 @@ class Quarantine:
         return [name for name, i in self._index.items() if flags[i]]
 
     def examine(self, name: str, verify: Callable[[str], None]) -> None:
-        """Let a scan be used only if all of it is whole.
+        """Refuse a scan that is damaged anywhere.
 
         Args:
             name: of the scan.
-            verify: reads all of it and raises ``DamagedScan``; called once, whatever the number of workers.
+            verify: reads all of it and raises ``DamagedScan``. A scan that passed is not verified again.
 
         Raises:
-            DamagedScan: if it was found damaged, now or before.
+            DamagedScan: if the scan is damaged, or was found damaged before.
         """
         i = self._index[name]
         if self._damaged[i]:
@@ -65,7 +65,7 @@ class Quarantine:
         """Set a scan aside.
 
         Raises:
-            StoreError: if that makes more than allowed.
+            StoreError: if more scans are damaged than allowed.
         """
         if error.scan not in self._index:
             raise error
@@ -77,10 +77,10 @@ class Quarantine:
 
 
 def refuse_more(names: Sequence[str], allowed: int, latest: str = "") -> None:
-    """Stop a run with more damaged scans than allowed.
+    """Stop a run that has more damaged scans than allowed.
 
     Raises:
-        StoreError: naming them.
+        StoreError: naming the scans.
     """
     if len(names) > allowed:
         raise StoreError(
@@ -91,12 +91,12 @@ def refuse_more(names: Sequence[str], allowed: int, latest: str = "") -> None:
 
 
 class QuarantineLog:
-    """Tells of damaged scans of all processes: ``quarantine.json`` in the run's folder, and a number in its log.
+    """Report the damaged scans of all processes in ``quarantine.json`` in the run's folder, and their number in its log.
 
     Args:
         quarantine: of the run's dataset.
         folder: of the run.
-        every: steps between looks.
+        every: number of steps between two reports.
     """
 
     def __init__(self, quarantine: Quarantine, folder: str | Path, every: int = 100) -> None:
@@ -104,13 +104,13 @@ class QuarantineLog:
         self._told: list[str] = []
 
     def attach(self, engine: Any) -> None:
-        """Hook into a trainer; every process looks at the same steps."""
+        """Add the handlers to a trainer. All processes report at the same steps."""
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self._look)
         engine.add_event_handler(Events.COMPLETED, self._look)
 
     def _start(self, engine: Any) -> None:
-        if self.path.is_file():  # of the run that this one goes on with
+        if self.path.is_file():  # this run continues an earlier one
             self._told = list(json.loads(self.path.read_text(encoding="utf-8"))["scans"])
 
     def _look(self, engine: Any) -> None:

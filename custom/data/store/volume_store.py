@@ -1,4 +1,4 @@
-"""A folder of chunked, compressed volumes on one grid, read crop by crop."""
+"""The store: a folder of compressed volumes on one grid, read crop by crop."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,19 +16,16 @@ import numpy as np
 from custom.data.errors import DamagedScan, StoreError
 from custom.data.grid.profiles import PROFILES, profile_of, window_of
 from custom.data.remote import RemoteFolder, is_url
-from custom.data.store.chunked_array import CHUNK, ChunkedArray
-from custom.data.store.chunked_array import write_array as write_array
+from custom.data.store.chunked_array import CHUNK, MAKE_ROOM, ChunkedArray
 from custom.errors import AliceError
+from custom.files import write_text
 
-FORMAT = "alice-store-2"
-READABLE = ("alice-store-1", FORMAT)  # 1: uncropped CT without checksums of chunks
-# what format 1 did not say of itself
-FIRST_SETTINGS = {"profile": "ct", "crop_margin_mm": None, "remove_table": False}
+FORMAT = "alice-store-3"
 
 
 @dataclass
 class VolumeRecord:
-    """What the index says of one volume."""
+    """What the index says about one volume."""
 
     name: str
     patient: str
@@ -43,11 +39,12 @@ class VolumeRecord:
     label_sha256: str | None = None
     labels: list[int] = field(default_factory=list)
     source_stamp: dict[str, int] = field(default_factory=dict)  # size and mtime_ns
-    crop_start: list[int] = field(default_factory=lambda: [0, 0, 0])  # in the scan on the store's grid
+    crop_start: list[int] = field(
+        default_factory=lambda: [0, 0, 0]
+    )  # first voxel of the volume in the uncut scan
     scaling: dict[str, float] = field(
         default_factory=dict
     )  # stored = (value - offset) * scale; of profiles but ct
-    chunk_checksums: bool = False  # volumes of format 1 have none
 
     def __post_init__(self) -> None:
         if len(self.shape) != 3 or len(self.affine) != 4:
@@ -57,15 +54,15 @@ class VolumeRecord:
 class VolumeStore:
     """Volumes in int16 (HU, or as their profile says), with affine, body mask and (optionally) labels.
 
-    Safe to use from many workers: what is opened is opened per process, and files are only ever replaced whole.
-    Checksums are compared when a part of a file is first read.
+    Many workers can use it: every process opens its own files, and files are only replaced as a whole. Checksums are
+    compared when a part of a file is first read.
 
     Args:
-        path: the store's folder, as ``build_store`` leaves it; or a URL of any protocol that fsspec knows.
-        cache: of a URL: folder for copies of its files, each fetched when first read.
+        path: the folder that ``build_store`` wrote, or its URL, with any protocol that fsspec knows.
+        cache: for a URL: folder for copies of its files, which are fetched when first read.
 
     Raises:
-        StoreError: if the folder holds no store, or one of another format.
+        StoreError: if there is no store, or one of another format.
     """
 
     def __init__(self, path: str | Path, cache: str | Path | None = None) -> None:
@@ -80,7 +77,7 @@ class VolumeStore:
         self.spacing: tuple[float, ...] = tuple(self.settings["spacing"])
         self.records = {name: VolumeRecord(**record) for name, record in sorted(index["volumes"].items())}
         self._open = functools.lru_cache(maxsize=128)(self._open_array)
-        self._body = functools.lru_cache(maxsize=64)(self._body_voxels)  # a large scan's are some MiB
+        self._body = functools.lru_cache(maxsize=64)(self._body_voxels)  # some MiB for a large scan
 
     def __len__(self) -> int:
         return len(self.records)
@@ -95,24 +92,24 @@ class VolumeStore:
 
     @property
     def names(self) -> list[str]:
-        """Every volume, in order."""
+        """The names of all volumes, in order."""
         return list(self.records)
 
     @property
     def profile(self) -> str:
-        """Of intensities: ct, mr or zscore."""
+        """The profile of the intensities: ct, mr or zscore."""
         return str(self.settings["profile"])
 
     def window(self, window_hu: Sequence[float]) -> tuple[float, float]:
-        """The stored values that become 0 and 1: ``window_hu`` of a CT store, else the profile's own."""
+        """The stored values that become 0 and 1: for CT ``window_hu``, else the profile's own."""
         return window_of(self.profile, window_hu)
 
     def air(self, name: str) -> int:
-        """What stands for air in a volume, and for what lies outside of it."""
+        """The stored value of air in a volume; it also stands for everything outside of the volume."""
         return int(self._record(name).scaling.get("air", PROFILES[self.profile].air))
 
     def patient(self, name: str) -> str:
-        """Whose scan it is."""
+        """The patient of a volume."""
         return self._record(name).patient
 
     def shape(self, name: str) -> tuple[int, int, int]:
@@ -125,47 +122,47 @@ class VolumeStore:
         return np.array(self._record(name).affine)
 
     def body_box_mm(self, name: str) -> np.ndarray:
-        """The body's box along the volume's own axes: (2, 3), outer corners in voxel coordinates."""
+        """The outer corners of the body's box in voxel coordinates, (2, 3)."""
         return np.array(self._record(name).body_box, dtype=float) - 0.5
 
     def body_voxels(self, name: str) -> np.ndarray:
-        """Voxels of the body on the coarse grid, (n, 3) int."""
+        """The centres of the body mask's cells that lie in the body, in voxels, (n, 3) int."""
         return self._body(name)
 
     def read_crop(
         self, name: str, start: Sequence[int], size: Sequence[int], fill: int | None = None
     ) -> np.ndarray:
-        """A box of voxels, padded where it leaves the volume.
+        """A box of voxels. Where it leaves the volume, it is filled.
 
         Args:
             name: of the volume.
             start: first voxel along x, y, z; may be negative.
             size: voxels along x, y, z.
-            fill: value outside the volume; None for air.
+            fill: value outside of the volume; None for air.
 
         Returns:
             int16 (size).
 
         Raises:
-            DamagedScan: if its file is missing, or a chunk's checksum differs.
+            DamagedScan: if the file is missing, or the checksum of a chunk differs.
         """
         return self._read(name, "hu", start, size, self.air(name) if fill is None else fill, np.int16)
 
     def read_label_crop(self, name: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
-        """As :meth:`read_crop`, of the label map, uint8, 0 outside."""
+        """As :meth:`read_crop`, but of the label map: uint8, 0 outside of the volume."""
         if not self.has_label(name):
             raise StoreError(f"{self.path}: {name} has no label.")
         return self._read(name, "label", start, size, 0, np.uint8)
 
     def has_label(self, name: str) -> bool:
-        """Whether a label map was stored with the scan."""
+        """Whether the volume has a label map."""
         return self._record(name).label_sha256 is not None
 
     def verify(self, name: str) -> None:
         """Compare the checksums of all chunks of a volume and its body mask, without decompressing them.
 
         Raises:
-            DamagedScan: if one differs, or a file is missing; volumes of format 1 have none to compare.
+            DamagedScan: if one differs, or a file is missing.
         """
         for kind in ("hu", "body"):
             array = self._open(name, kind)
@@ -173,11 +170,11 @@ class VolumeStore:
                 array.verify()
 
     def check(self) -> dict[str, str]:
-        """Decode every file and compare checksums: name -> what is wrong; empty if all is well."""
+        """Decode every file and compare its checksums: name -> what is wrong; empty if nothing is."""
         return dict(self.faults())
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        """What is wrong, file by file, as it is found."""
+        """Name and fault of every damaged file, as they are found."""
         for name, record in self.records.items():
             wanted = {"hu": record.voxels_sha256, "label": record.label_sha256, "body": None}
             for kind, digest in wanted.items():
@@ -192,7 +189,7 @@ class VolumeStore:
                     yield name, f"{self._where(name, kind)}: voxels differ from what was written."
 
     def _digest(self, name: str, kind: str) -> str:
-        """Of all voxels of a file, read slab by slab."""
+        """SHA-256 of all voxels of a file, read slab by slab."""
         array = self._open_array(name, kind)
         digest = hashlib.sha256()
         with self._named(name, kind):
@@ -225,11 +222,9 @@ class VolumeStore:
     def _open_array(self, name: str, kind: str) -> ChunkedArray:
         with self._named(name, kind):
             array = ChunkedArray(self._file(name, kind))
-            record = self._record(name)
-            if kind != "body" and list(array.shape) != record.shape:
-                raise RuntimeError(f"has shape {list(array.shape)}, {record.shape} was written")
-            if record.chunk_checksums and not array.has_checksums:
-                raise RuntimeError("has lost its checksums")
+            wanted = self._record(name).shape
+            if kind != "body" and list(array.shape) != wanted:
+                raise RuntimeError(f"has shape {list(array.shape)}, {wanted} was written")
         return array
 
     def _file(self, name: str, kind: str) -> Path:
@@ -247,7 +242,7 @@ class VolumeStore:
 
     @contextlib.contextmanager
     def _named(self, name: str, kind: str) -> Iterator[None]:
-        """Say of an error which file it is about, and what to do."""
+        """Add to an error the name of the file, and what to do."""
         try:
             yield
         except FileNotFoundError as error:
@@ -272,12 +267,16 @@ class VolumeStore:
 
 
 def volume_path(store: Path, name: str, kind: str) -> Path:
-    """Where a volume's ``hu``, ``label`` or ``body`` lies."""
+    """The file of a volume's ``hu``, ``label`` or ``body``."""
     return store / "volumes" / f"{name}.{kind}.b2nd"
 
 
 def read_index(store: Path) -> dict[str, Any]:
-    """The store's index, checked for its format."""
+    """The index of a store.
+
+    Raises:
+        StoreError: if it is missing, unreadable, or of another format.
+    """
     path = store / "index.json"
     if not path.is_file():
         raise StoreError(
@@ -288,14 +287,21 @@ def read_index(store: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise StoreError(f"{path}: unreadable ({error}). Delete the store and build it again.") from error
     found = index.get("format") if isinstance(index, dict) else None
-    if found not in READABLE:
+    if found != FORMAT:
         raise StoreError(
-            f"{path}: format {found!r}, this version reads {FORMAT!r} and older. Build it again, or install the "
-            "version that made it."
+            f"{path}: format {found!r}, this version reads {FORMAT!r}. Delete the store and build it again."
         )
-    index["settings"] = FIRST_SETTINGS | index["settings"]
     profile_of(index["settings"]["profile"])
     return index
+
+
+def store_text(path: Path, text: str) -> None:
+    """Write one of a store's JSON files.
+
+    Raises:
+        StoreError: if it cannot be written.
+    """
+    write_text(path, text, sync=True, error=StoreError, advice=MAKE_ROOM)
 
 
 def write_index(
@@ -304,47 +310,15 @@ def write_index(
     records: dict[str, VolumeRecord],
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Replace the index whole; ``extra`` is kept beside settings and volumes."""
+    """Write the index; ``extra`` is kept beside settings and volumes."""
     content = (extra or {}) | {
         "format": FORMAT,
         "settings": settings,
         "volumes": {n: asdict(r) for n, r in sorted(records.items())},
     }
-    write_text(store / "index.json", json.dumps(content, indent=1))
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StoreError(
-            f"{path}: cannot be written ({error}). Make room on the disk and build again."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    store_text(store / "index.json", json.dumps(content, indent=1))
 
 
 def sha256_of_array(array: np.ndarray) -> str:
-    """Of the voxels, independent of how they are compressed."""
+    """SHA-256 of the voxels; it does not depend on the compression."""
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-def sha256_of_file(path: Path) -> str:
-    """Of a file's bytes."""
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file)
-        )
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()

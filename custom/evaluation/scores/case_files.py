@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from custom.data.errors import ScanError
-from custom.data.scans import IMAGE_SUFFIXES, _is_label, list_scans, read_volume, stem
+from custom.data.scans import IMAGE_SUFFIXES, is_label, list_scans, read_volume, stem
 from custom.errors import AliceError
 
 # what MONAI's SaveImaged, challenges and hands add to a case's name
@@ -74,7 +74,7 @@ def find_references(source: str | Path) -> list[Reference]:
         ]
     else:
         files = _files(source)
-        labels = [path for path in files if _is_label(path)]
+        labels = [path for path in files if is_label(path)]
         found = [_reference(path) for path in labels or files]
     if not found:
         raise ScanError(f"{source}: no reference segmentation found ({', '.join(IMAGE_SUFFIXES)}).")
@@ -99,7 +99,7 @@ def match_files(
         ValueError: if no file is of any case, or two are of one.
     """
     folder = Path(folder).expanduser()
-    files = [path for path in _files(folder) if not (images and _is_label(path))]
+    files = [path for path in _files(folder) if not (images and is_label(path))]
     by_name = {name: reference.case for reference in references for name in reference.names}
     by_name |= {reference.case: reference.case for reference in references}
     pairs, strangers = [], []

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from custom.data.grid.profiles import require_ct
 from custom.data.scans import Scan, list_scans
-from custom.data.store.volume_store import VolumeStore, sha256_of_file, write_text
+from custom.data.store.volume_store import VolumeStore
+from custom.files import sha256_of_file, write_text
 from custom.landmarks.embeddings.file import FORMAT, EmbeddingError, Saved, save_embedding
 from custom.landmarks.embeddings.folder import INDEX, embedding_path, read_folder_index
 from custom.landmarks.embeddings.packing import bits_for
@@ -131,9 +132,9 @@ def _embed_all(
                 f"{out}: made with weights {made['weights_sha256'][:12]}, now {weights_sha256[:12]} are given, and "
                 "their embeddings do not compare. Choose another folder, or --overwrite."
             )
-        if made.get("profile", "ct") != profile and not overwrite:
+        if made["profile"] != profile and not overwrite:
             raise EmbeddingError(
-                f"{out}: made from intensities of profile {made.get('profile', 'ct')!r}, now {profile!r} are given. "
+                f"{out}: made from intensities of profile {made['profile']!r}, now {profile!r} are given. "
                 "Choose another folder."
             )
         if made["weights_sha256"] == weights_sha256 and made.get("threshold") is not None:

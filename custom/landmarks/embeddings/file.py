@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,8 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from custom.errors import AliceError
+from custom.files import replacing
 from custom.landmarks.embeddings.blocks import make_blocks
 from custom.landmarks.embeddings.lattice import coarse_norm, flat_index, lattice_weights, pool
 from custom.landmarks.embeddings.packing import (
@@ -167,14 +168,8 @@ def save_embedding(
     )
     # one entry: safetensors writes several in any order, and equal embeddings shall give equal files
     metadata = {"alice": json.dumps({"format": FORMAT, **asdict(header)})}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        safetensors.numpy.save_file(sections, temporary, metadata)
-        temporary.chmod(0o644)  # safetensors lets only its owner read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, error=EmbeddingError, failures=(OSError, SafetensorError)) as draft:
+        safetensors.numpy.save_file(sections, draft, metadata)
     return Saved(path, path.stat().st_size, float(cosines.mean()), float(cosines.min()))
 
 

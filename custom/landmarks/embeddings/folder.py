@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from custom.data.store.volume_store import VolumeStore, write_text
+from custom.data.store.volume_store import VolumeStore
+from custom.files import write_text
 from custom.landmarks.embeddings.file import FORMAT, EmbeddingError
 from custom.landmarks.embeddings.stored import StoredEmbedding
 
@@ -39,7 +40,7 @@ class EmbeddingFolder:
         index = read_folder_index(self.path)
         self.weights_sha256: str = index["weights_sha256"]
         self.threshold: float | None = index.get("threshold")
-        self.profile: str = index.get("profile", "ct")  # before profiles, all were of CT
+        self.profile: str = index["profile"]
         self._whole: set[str] = set()
         self._open = functools.lru_cache(maxsize=max_open)(self._open_checked)
 
@@ -126,9 +127,10 @@ def read_folder_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise EmbeddingError(f"{path}: unreadable ({error}). Delete the folder and embed again.") from error
-    if index.get("format") != FORMAT:
+    if index.get("format") != FORMAT or "profile" not in index:
         raise EmbeddingError(
-            f"{path}: format {index.get('format')!r}, this version reads {FORMAT!r}. Embed again, with overwrite: "
+            f"{path}: format {index.get('format')!r}, profile {index.get('profile')!r}; this version reads {FORMAT!r} "
+            "with a profile. Embed again, with overwrite: "
             f"alice embed STORE {folder} --overwrite"
         )
     return index

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from custom.data.grid.body import body_mask
-from custom.data.store.volume_store import VolumeStore, sha256_of_array, volume_path, write_array, write_index
+from custom.data.store.chunked_array import write_array
+from custom.data.store.volume_store import VolumeStore, sha256_of_array, volume_path, write_index
 from custom.space import to_voxels, to_world
 
 WARPED = "~warped"  # ends the name of a deformed scan

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from custom.errors import AliceError
+from custom.files import replacing
 from custom.landmarks.sam.network import SAM
 from custom.landmarks.sam.scan_grid import HU_RANGE, SPACING_MM
 
@@ -163,17 +162,8 @@ def sha256_of(state: Mapping[str, Tensor]) -> str:
 
 
 def _write(path: Path, state: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(state), temporary, metadata={KEY: json.dumps(content)})
-        temporary.chmod(0o644)  # safetensors lets only its owner read
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise AliceError(f"{path}: cannot be written ({error}).") from error
-    finally:
-        with contextlib.suppress(OSError):  # the folder itself may be what is missing
-            temporary.unlink(missing_ok=True)
+    with replacing(path, sync=True, failures=(OSError, SafetensorError)) as draft:
+        save_file(dict(state), draft, metadata={KEY: json.dumps(content)})
 
 
 def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:

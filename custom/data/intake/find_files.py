@@ -1,4 +1,4 @@
-"""A folder walked: what is to be examined, what cannot be, and what is passed over."""
+"""Walk a folder and list the files to examine, the ones that cannot be read, and the ones to ignore."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from custom.data.formats.reasons import Reason
-from custom.data.intake.records import Job, ScanRecord
-from custom.data.scans import IMAGE_SUFFIXES, _is_label
+from custom.data.intake.scan_record import Job, ScanRecord
+from custom.data.scans import IMAGE_SUFFIXES, is_label
 
 _OTHER_SUFFIXES = {".npz", ".npy", ".h5", ".hdf5", ".mat", ".mgz", ".mgh", ".mnc", ".hdr", ".zip", ".tar", ".tgz",
                    ".7z", ".rar", ".bz2", ".xz", ".zst", ".gz", ".gipl", ".vtk", ".b2nd", ".zarr"}  # fmt: skip
 _DICOM_SUFFIX = re.compile(r"^(\.dcm|\.dicom|\.ima|\.\d*|)$", re.IGNORECASE)  # a UID ends in digits
 
 
-def walk(root: Path, ours: Iterable[Path] = ()) -> tuple[list[Job], list[ScanRecord], dict[str, int]]:
-    """Work to do, records of what cannot be walked or read, and what was passed over.
+def find_files(root: Path, ours: Iterable[Path] = ()) -> tuple[list[Job], list[ScanRecord], dict[str, int]]:
+    """Find everything under a folder that may be a scan.
 
     Args:
         root: folder to walk.
-        ours: files that a scan writes itself.
+        ours: files that the scan writes itself; they are left out.
+
+    Returns:
+        Jobs; records of files and folders that cannot be read; how many files of which suffix were ignored.
     """
     jobs: list[Job] = []
     problems: list[ScanRecord] = []
@@ -76,7 +79,7 @@ def walk(root: Path, ours: Iterable[Path] = ()) -> tuple[list[Job], list[ScanRec
                 name, suffix = entry.name.lower(), path.suffix.lower()
                 if name.endswith(IMAGE_SUFFIXES):
                     relative = path.relative_to(root)
-                    kind = "label" if _is_label(relative) else "file"
+                    kind = "label" if is_label(relative) else "file"
                     jobs.append(Job(root, relative.as_posix(), kind, _key([entry])))
                 elif _DICOM_SUFFIX.match(suffix) or re.search(r"\.\d+$", name):
                     slices.append(entry)
@@ -95,7 +98,7 @@ def walk(root: Path, ours: Iterable[Path] = ()) -> tuple[list[Job], list[ScanRec
 
 
 def _key(entries: Sequence[os.DirEntry]) -> str:
-    """Changes when a file is added, removed, or written to."""
+    """A hash that changes when a file is added, removed or written to."""
     digest = hashlib.sha256()
     for entry in entries:
         status = entry.stat()

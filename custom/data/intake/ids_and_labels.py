@@ -1,4 +1,4 @@
-"""Ids, patients, and labels beside their images."""
+"""Give every scan its id and patient, and every image its label."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from custom.data.formats.reasons import REJECTED, Reason
-from custom.data.intake.records import Rules, ScanRecord
-from custom.data.scans import _TCGA, _pair_key, stem
+from custom.data.intake.scan_record import Rules, ScanRecord
+from custom.data.scans import TCGA_BARCODE, pair_key, stem
 
 _PLAIN_NAME = re.compile(
     r"^(ct|mr|mri|pet|image|imaging|img|scan|volume|vol|data|t[12]w?|flair|dwi|adc)([_\-. ]?\d{0,4})$",
@@ -19,7 +19,7 @@ _SUBJECT = re.compile(r"(?:^|/)(sub-[A-Za-z0-9]+)")  # BIDS
 
 
 def name_all(records: list[ScanRecord], rules: Rules, pattern: re.Pattern | None) -> None:
-    """Ids and patients; a patient that a DICOM tag named stays unless a pattern was asked for."""
+    """Set ids and patients. A patient named by a DICOM tag stays, unless a pattern was given that finds another."""
     taken: dict[str, ScanRecord] = {}
     folders: dict[str, set[Path]] = {}
     for record in records:
@@ -27,7 +27,7 @@ def name_all(records: list[ScanRecord], rules: Rules, pattern: re.Pattern | None
     repeated = {name for name, where in folders.items() if len(where) > 1}
     for record in sorted(records, key=lambda one: (one.path, one.files[:1], one.format)):
         name = _identity(record)
-        named = record.format == "dicom" and record.patient  # by a tag
+        named = record.format == "dicom" and record.patient  # by a DICOM tag
         if not named or (pattern and pattern.search(record.path)):
             record.patient = rules.hidden(_patient(record, pattern, repeated), "p")
         plain = rules.hidden(name, "s") if rules.hash_ids else re.sub(r"[^\w.\-]+", "_", name)
@@ -42,7 +42,7 @@ def name_all(records: list[ScanRecord], rules: Rules, pattern: re.Pattern | None
 
 
 def _identity(record: ScanRecord) -> str:
-    """The relative path without its suffix; of one part of a series, with its first slice."""
+    """The relative path without suffix; for a DICOM series: its folder and the name of its first slice."""
     if record.kind == "other":
         return record.path
     if record.format == "dicom":
@@ -52,8 +52,8 @@ def _identity(record: ScanRecord) -> str:
 
 
 def _patient(record: ScanRecord, pattern: re.Pattern | None, repeated: set[str]) -> str:
-    """Whose a scan is; ``repeated`` are the file names that occur in several folders."""
-    found = (pattern.search(record.path) if pattern else None) or _TCGA.search(record.path)
+    """The patient of a scan. ``repeated`` are the file names that occur in several folders."""
+    found = (pattern.search(record.path) if pattern else None) or TCGA_BARCODE.search(record.path)
     found = found or _SUBJECT.search(record.path)
     if found:
         return found.group(1) if found.groups() else found.group(0)
@@ -63,7 +63,7 @@ def _patient(record: ScanRecord, pattern: re.Pattern | None, repeated: set[str])
     name = re.sub(
         r"([_\-. ](ct|mri?|image|img|labels?|seg|segmentation|mask))+$", "", stem(path), flags=re.IGNORECASE
     )
-    # nnU-Net's channel, behind the number that tells cases apart: liver_12_0000, but not amos_0012
+    # nnU-Net's channel number follows the number of the case: it is in liver_12_0000, but not in amos_0012
     name = re.sub(r"(?<=\d)_\d{4}$", "", name)
     plain = _PLAIN_NAME.match(name)
     numbered = plain is not None and any(c.isdigit() for c in name) and stem(path) not in repeated
@@ -71,16 +71,14 @@ def _patient(record: ScanRecord, pattern: re.Pattern | None, repeated: set[str])
 
 
 def pair_labels(records: list[ScanRecord]) -> None:
-    labels = {_pair_key(Path(record.path)): record for record in records if record.kind == "label"}
+    """Join labels to images as ``list_scans`` does: by the whole name first, then without ``_ct``, ``_0000`` and the like."""
+    labels = {pair_key(Path(record.path)): record for record in records if record.kind == "label"}
     images = [record for record in records if record.kind == "image" and record.format != "dicom"]
     left = sorted(images, key=lambda image: image.path)
-    for cut_tail in (
-        False,
-        True,
-    ):  # as list_scans pairs: by the whole name, then without _ct, _0000 and the like
+    for cut_tail in (False, True):
         alone = []
         for image in left:
-            label = labels.pop(_pair_key(Path(image.path), cut_tail=cut_tail), None)
+            label = labels.pop(pair_key(Path(image.path), cut_tail=cut_tail), None)
             if label is None:
                 alone.append(image)
             else:
@@ -91,7 +89,7 @@ def pair_labels(records: list[ScanRecord]) -> None:
 
 
 def _join(image: ScanRecord, label: ScanRecord) -> None:
-    """Give an image its label, if their grids are one."""
+    """Give an image its label, if their grids are the same."""
     label.patient = image.patient
     if image.status == REJECTED or not image.affine:
         return

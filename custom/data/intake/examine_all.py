@@ -1,4 +1,4 @@
-"""Scans examined in processes, resumable, whatever their files do to a reader."""
+"""Examine scans in worker processes; a file that crashes its reader is reported, not fatal. An interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from custom.data.errors import ManifestError
 from custom.data.formats.reasons import Reason, status_of
 from custom.data.intake.examine import run_job
 from custom.data.intake.manifest import Manifest, record_of, sparse
-from custom.data.intake.records import Job, Rules, ScanRecord
+from custom.data.intake.scan_record import Job, Rules, ScanRecord
 
 logger = logging.getLogger(__name__)
 
 
-def examine(
+def examine_all(
     jobs: list[Job],
     rules: Rules,
     known: dict[tuple, list[ScanRecord]],
@@ -33,6 +33,16 @@ def examine(
     workers: int,
     progress: bool,
 ) -> Iterator[ScanRecord]:
+    """Examine every job that is not known yet; finished ones are noted beside ``output``.
+
+    Args:
+        jobs: from ``find_files``.
+        rules: of the examination.
+        known: records of an earlier run, from :func:`known_records`.
+        output: the manifest that will be written; None notes nothing.
+        workers: processes.
+        progress: show a progress bar.
+    """
     todo = []
     for job in jobs:
         key = (job.path, _format(job), job.source_key)
@@ -50,7 +60,7 @@ def examine(
             yield from records
             bar.total += len(more)
             bar.update(1)
-            if job.kind in ("folder", "series"):  # a folder is noted when all its series are
+            if job.kind in ("folder", "series"):  # a folder is finished when all its series are
                 done[job.path] += records
                 left[job.path] += len(more) - (job.kind == "series")
                 if left[job.path] == 0:
@@ -66,7 +76,10 @@ def _format(job: Job) -> str:
 def run_jobs(
     jobs: list[Job], rules: Rules, workers: int
 ) -> Iterator[tuple[Job, list[ScanRecord], list[Job]]]:
-    """Outcomes as they come, from processes; what kills its process is tried once more alone, then refused."""
+    """Do jobs in worker processes. Yields each job with its records and new jobs, in the order of completion.
+
+    A job that kills its process is tried once more, alone. If the process dies again, the scan is refused.
+    """
     waiting = deque(jobs)
     if workers <= 1:
         while waiting:
@@ -107,7 +120,7 @@ def run_jobs(
 
 
 class _Log:
-    """Finished work beside the manifest, a line each, so that a run that was killed goes on."""
+    """Finished jobs, one line each, in a file beside the manifest: a run that was killed goes on from there."""
 
     def __init__(self, output: Path | None, rules: Rules) -> None:
         self.path = partial_of(output) if output else None
@@ -120,15 +133,17 @@ class _Log:
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
-        except OSError as error:  # only what makes the next run faster
+        except OSError as error:  # not fatal: the file only makes a later run faster
             logger.warning(
-                "%s: cannot be written (%s); a run that is killed will start anew.", self.path, error
+                "%s: cannot be written (%s). If this run is killed, the next one starts from the beginning.",
+                self.path,
+                error,
             )
             self.path = None
 
 
 def known_records(output: Path | None, manifest: Manifest) -> dict[tuple, list[ScanRecord]]:
-    """Records of an earlier or interrupted run by what they were read from, as they left their process."""
+    """Records of an earlier or interrupted run, by path, kind and source key, before they were compared with others."""
     known: dict[tuple, list[ScanRecord]] = defaultdict(list)
     if output is None:
         return known
@@ -156,7 +171,7 @@ def known_records(output: Path | None, manifest: Manifest) -> dict[tuple, list[S
 
 
 def _alone(record: ScanRecord) -> ScanRecord:
-    """A record as it was before it was held against others."""
+    """The record without what came from comparing it with others."""
     reasons = [code for code in record.reasons if not Reason(code).relational]
     record.reasons, record.status = reasons, status_of(Reason(code) for code in reasons)
     record.label, record.duplicate_of, record.leaks = None, None, []
@@ -164,10 +179,11 @@ def _alone(record: ScanRecord) -> ScanRecord:
 
 
 def shown(rules: Rules) -> dict[str, Any]:
-    """Rules as they may be written: of the salt only enough to tell whether another is the same."""
+    """Rules as written to a manifest. The salt is replaced by a short check value, which tells whether two salts are equal."""
     check = hashlib.blake2b(b"alice", digest_size=4, key=rules.salt.encode()[:64]).hexdigest()
     return {k: v for k, v in asdict(rules).items() if k != "salt"} | {"salt": check}
 
 
 def partial_of(output: Path) -> Path:
+    """Where an interrupted run keeps its finished jobs."""
     return output.with_name(f"{output.name}.partial")

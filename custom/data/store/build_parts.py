@@ -1,4 +1,4 @@
-"""A build split over machines: which scans are whose, and what each part found wrong."""
+"""A build shared by several machines: which scans each part takes, and which ones it could not use."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from custom.data.scans import Scan
-from custom.data.store.volume_store import write_text
+from custom.data.store.volume_store import store_text
 from custom.errors import AliceError
 
 
 def share(scans: Sequence[Scan], part: str | None) -> list[Scan]:
-    """The scans of part ``i/n``: every n-th of all in order of their names, so that parts need not talk.
+    """The scans of part ``i/n``: every n-th one in the order of names. Without a part: all of them.
 
     Raises:
-        ValueError: for a part that is none.
+        AliceError: if ``part`` is not of the form ``i/n``.
     """
     if part is None:
         return list(scans)
@@ -26,10 +26,10 @@ def share(scans: Sequence[Scan], part: str | None) -> list[Scan]:
 
 
 def parse(part: str) -> tuple[int, int]:
-    """``"2/8"`` as numbers.
+    """``"2/8"`` as two numbers.
 
     Raises:
-        ValueError: if it is none.
+        AliceError: if it is not of the form ``i/n`` with ``1 <= i <= n``.
     """
     found = re.fullmatch(r"(\d+)/(\d+)", str(part).strip())
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
@@ -38,13 +38,13 @@ def parse(part: str) -> tuple[int, int]:
 
 
 def save_faults(store: Path, part: str, faults: dict[str, dict[str, Any]]) -> None:
-    """Leave what a part found wrong for whoever writes the index."""
+    """Save a part's unusable scans for the part that will write the index."""
     number, parts = parse(part)
-    write_text(store / "parts" / f"{number}-of-{parts}.json", json.dumps(faults, indent=1))
+    store_text(store / "parts" / f"{number}-of-{parts}.json", json.dumps(faults, indent=1))
 
 
 def faults_of_parts(store: Path) -> dict[str, dict[str, Any]]:
-    """Refused scans of all parts: name -> why, and the file's size and time then."""
+    """Unusable scans of all parts: name -> the reason, and the size and time of its file then."""
     faults: dict[str, dict[str, Any]] = {}
     for path in sorted((store / "parts").glob("*-of-*.json")):
         faults |= json.loads(path.read_text(encoding="utf-8"))

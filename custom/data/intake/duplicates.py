@@ -1,4 +1,4 @@
-"""The same scan twice: in one folder, or here and in data that must be kept apart."""
+"""Find scans that are there twice, or that are also in data which must stay separate (leaks)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from tqdm import tqdm
 
 from custom.data.errors import ManifestError, ScanError
 from custom.data.formats.reasons import Reason
+from custom.data.intake.examine_all import run_jobs, shown
 from custom.data.intake.fingerprint import near_pairs
 from custom.data.intake.manifest import Manifest
-from custom.data.intake.records import Job, Rules, ScanRecord
-from custom.data.intake.work import run_jobs, shown
+from custom.data.intake.scan_record import Job, Rules, ScanRecord
 from custom.data.remote import is_url
 from custom.data.scans import list_scans
 
-# 1 - correlation of body hashes. Measured on the 86 CTs of shared/data: two patients differ by 0.043 at least; one
-# scan with noise of 30 HU by 0.013 at most, resampled to 1.5 x 1.5 x 2 mm or by 1.3 by 0.032 at most.
+# 1 - correlation of body hashes. Measured on 86 CTs: two patients differ by at least 0.043. The same scan
+# differs by at most 0.013 after noise of 30 HU, and by at most 0.032 after resampling.
 NEAR = 0.03
 
 
 def mark_duplicates(records: list[ScanRecord]) -> None:
-    """The first of equals stays: one with a label, else the first path."""
+    """Refuse repeated scans. One with a label stays, else the first in the order of paths."""
     images = sorted(
         (record for record in records if record.usable),
         key=lambda one: (one.label is None, one.path, one.files[:1]),
@@ -44,14 +44,14 @@ def mark_duplicates(records: list[ScanRecord]) -> None:
 
 
 def mark_spread(records: list[ScanRecord]) -> None:
-    """Refuse a series whose slices lie in several folders: each holds a part of a scan. Whole copies are duplicates."""
+    """Refuse a series whose slices lie in several folders, since each holds only a part. Whole copies are duplicates."""
     found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for record in records:
         if record.format == "dicom" and record.kind == "image" and record.series:
             found[record.series][record.path].add(record.content_hash)
     for record in records:
         contents = list(found.get(record.series, {}).values()) if record.series else []
-        # what was refused unread has no hash, and cannot show that it is a copy
+        # a series that was refused before its pixels were read has no hash: it may or may not be a copy
         parts = any(one != contents[0] or "" in one for one in contents)
         if len(contents) > 1 and parts and record.kind == "image":
             record.add(Reason.SPREAD_SERIES, f"{len(contents)} folders")
@@ -60,7 +60,7 @@ def mark_spread(records: list[ScanRecord]) -> None:
 def _near(
     some: Sequence[ScanRecord], others: Sequence[ScanRecord]
 ) -> Iterator[tuple[ScanRecord, ScanRecord]]:
-    """Pairs (from some, from others) whose bodies look the same and are of one size; of one list, each pair once."""
+    """Pairs of scans whose bodies look the same and have the same size. Within one list, each pair comes once."""
     ours = [record for record in some if record.body_hash]
     theirs = [record for record in others if record.body_hash]
     for i, j, _ in near_pairs([r.body_hash for r in ours], [r.body_hash for r in theirs], NEAR):
@@ -72,7 +72,7 @@ def _near(
 
 
 def mark_leaks(manifest: Manifest, source: str | Path, rules: Rules, workers: int, progress: bool) -> None:
-    """Hold a manifest's usable images against those of another manifest (or its URL), datalist or folder."""
+    """Mark images that are also in another manifest (or its URL), datalist or folder."""
     short = Path(str(source)).name
     theirs, comparable = _records_of(source, rules, workers, progress)
     ours = manifest.usable
@@ -94,7 +94,7 @@ def mark_leaks(manifest: Manifest, source: str | Path, rules: Rules, workers: in
 def _records_of(
     source: str | Path, rules: Rules, workers: int, progress: bool
 ) -> tuple[list[ScanRecord], bool]:
-    """Images of a manifest, datalist or folder, and whether their patients can be compared with ours."""
+    """Images of a manifest, datalist or folder; True if their patients' hashes can be compared with ours."""
     if is_url(str(source)):
         return _images_of(Manifest.load(source), rules)
     source = Path(source)
@@ -102,7 +102,7 @@ def _records_of(
         try:
             content = json.loads(source.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ManifestError(f"{source}: no readable manifest or datalist ({error}).") from error
+            raise ManifestError(f"{source}: not readable as a manifest or datalist ({error}).") from error
         if isinstance(content, dict) and str(content.get("format", "")).startswith("alice-manifest"):
             return _images_of(Manifest.load(source), rules)
     try:

@@ -1,4 +1,4 @@
-"""What a manifest says of a scan, and the work that finds it out."""
+"""What a manifest says about a scan; the rules and jobs of an examination."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ HISTOGRAM_HU = (-1024, 3072, 64)  # first and last edge, bins
 
 @dataclass
 class ScanRecord:
-    """What a manifest says of one scan, label or refused file. Paths are relative to the scanned folder."""
+    """What a manifest says about one scan, label or refused file. Paths are relative to the scanned folder."""
 
     path: str  # the file, or the folder of a DICOM series
     format: str  # nifti, nrrd, metaimage, dicom, or other
-    kind: str  # image, label, or other (what is no volume)
+    kind: str  # image, label, or other (not a volume)
     id: str = ""
-    patient: str = ""  # salted hash, unless asked otherwise
+    patient: str = ""  # salted hash, unless names were asked for
     files: list[str] = field(default_factory=list)  # a DICOM series' slices, in order
     modality: str = ""
     profile: str = ""  # intensity profile that fits: ct, mr, zscore
@@ -38,17 +38,17 @@ class ScanRecord:
     histogram: list[float] = field(default_factory=list)  # shares in HISTOGRAM_HU's bins, of CT
     padding: float | None = None  # the value outside the reconstruction
     body_mm: list[float] = field(default_factory=list)  # extent of the body along R, A, S
-    content_hash: str = ""  # of the values turned to RAS: equal across formats
-    body_hash: str = ""  # of the body's coarse look: close across resampling
+    content_hash: str = ""  # of the values turned to RAS: the same in every file format
+    body_hash: str = ""  # of the body's coarse appearance: similar after resampling
     status: str = ""
     reasons: list[str] = field(default_factory=list)
     detail: str = ""
     label: str | None = None
     duplicate_of: str | None = None  # the id of the scan that it repeats
-    leaks: list[str] = field(default_factory=list)  # "list: id" of scans elsewhere that it repeats
+    leaks: list[str] = field(default_factory=list)  # "list: id" of scans in other data that it repeats
     bytes: int = 0
     series: str = ""  # salted hash of a DICOM series' UID and patient
-    source_key: str = ""  # of path, size and time of what it was read from
+    source_key: str = ""  # of names, sizes and times of the files that it was read from
 
     @property
     def usable(self) -> bool:
@@ -56,7 +56,7 @@ class ScanRecord:
         return self.kind == "image" and self.status != REJECTED
 
     def add(self, reason: Reason, detail: str = "") -> None:
-        """Give a reason, once, and let it act on the status."""
+        """Add a reason, unless it is there already, and update the status."""
         if reason.value not in self.reasons:
             self.reasons.append(reason.value)
             self.detail = "; ".join(part for part in (self.detail, detail) if part)
@@ -65,7 +65,7 @@ class ScanRecord:
 
 @dataclass(frozen=True)
 class Rules:
-    """What decides how a scan is examined; records made by other rules are not reused."""
+    """Settings of an examination. Records that were made with other rules are not reused."""
 
     profile: str = "ct"
     min_slices: int = MIN_SLICES
@@ -75,11 +75,11 @@ class Rules:
     patient_pattern: str = ""
 
     def hidden(self, identity: str, prefix: str) -> str:
-        """A salted hash of what could identify a patient."""
+        """A salted hash of what could identify a patient; the text itself if ``hash_ids`` is False."""
         return self.hashed(identity, prefix) if self.hash_ids else identity
 
     def hashed(self, identity: str, prefix: str) -> str:
-        """A salted hash, whatever ``hash_ids`` says."""
+        """A salted hash, also if ``hash_ids`` is False."""
         key = self.salt.encode()[:64]
         digest = hashlib.blake2b(
             identity.strip().upper().encode("utf-8", "surrogatepass"), digest_size=8, key=key
@@ -89,7 +89,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Job:
-    """Work for one process: a file, a folder's DICOM files, or one series among them."""
+    """What one process examines: a file, the DICOM files of a folder, or one series among them."""
 
     root: Path
     path: str
