@@ -277,6 +277,18 @@ def test_it_learns_where_a_pair_is_cut(store, tmp_path):
     assert hits > 2.5 * seen[-1]["place/chance"]
 
 
+def test_the_shortcut_rings_an_alarm_where_retrieval_falls():
+    method, before = alice_places(), {"probe/retrieval": 0.5}
+    told = {"place/index_share": 0.97, "place/hits": 0.2}
+    assert (
+        "place in the crop (97% of the variance" in method.alarms(told | {"probe/retrieval": 0.4}, before)[0]
+    )
+    assert method.alarms({"place/index_share": 0.1, "place/hits": 0.99, "probe/retrieval": 0.4}, before)
+    assert not method.alarms(told | {"probe/retrieval": 0.6}, before)
+    assert not method.alarms({"place/index_share": 0.3, "place/hits": 0.4, "probe/retrieval": 0.4}, before)
+    assert not method.alarms({}, {})
+
+
 def test_halves_of_the_method_that_do_not_fit_are_refused(store):
     student = StudentBranch(encoder(), **DECODER, head_width=64, bottleneck=32, inter_volume="places")
     with pytest.raises(ValueError, match="go together"):

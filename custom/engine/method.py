@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,15 @@ class Method:
     def vectors(self, output: Any, target: Any, batch: dict[str, Any]) -> Vectors | None:
         """Pooled vectors for the meters, without gradient; None for a method that pools none."""
         return None
+
+    def alarms(self, latest: Mapping[str, float], untrained: Mapping[str, float]) -> list[str]:
+        """What a user should be warned of, one sentence each.
+
+        Args:
+            latest: the run's newest numbers: terms, meters, and what handlers reported (``probe/retrieval``).
+            untrained: what the probe said before training; empty without a probe.
+        """
+        return []
 
     def start_step(self, step: int) -> None:
         """Called before every step, for what changes with it (a batch norm that is frozen late)."""

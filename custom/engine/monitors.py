@@ -117,6 +117,9 @@ class Monitors:
                 values["std_teacher"],
                 values["rank_teacher"],
             )
+        latest = engine.state.metrics | engine.state.output
+        for alarm in engine.method.alarms(latest, engine.untrained):
+            logger.warning("Step %d: %s", engine.state.iteration, alarm)
 
     def _spread(self) -> dict[str, float]:
         teacher, own = torch.stack(list(self.teacher)), torch.stack(list(self.student))
@@ -162,7 +165,10 @@ class ProbeHandler:
             encoder.eval()
             values = self.probe(encoder)
             encoder.train(training)
-            engine.report({f"probe/{name}": value for name, value in values.items()})
+            found = {f"probe/{name}": value for name, value in values.items()}
+            engine.report(found)
+            if engine.state.iteration == 0:
+                engine.untrained = found
             logger.info(
                 "Step %d: %s", engine.state.iteration, ", ".join(f"{k} {v:.3f}" for k, v in values.items())
             )

@@ -189,6 +189,7 @@ class PretrainTrainer(Trainer):
         self.news: dict[str, float] = {}
         self.distributions: dict[str, list[float]] = {}  # what meters reported since the log last looked
         self.pooled: list[Vectors] = []  # of this step's parts
+        self.untrained: dict[str, float] = {}  # what the probe said before training
         self.kept: dict[str, Any] = {}  # handlers with a state_dict, kept in checkpoints by name
         self.at_exit: list[Callable[[], None]] = []  # called when run() ends, whatever the way
         self._terms = ("total", *method.terms, *method.meters)
@@ -390,6 +391,7 @@ class PretrainTrainer(Trainer):
                 "optimizer": self.optimizer.state_dict(),
                 "counts": dict(self.counts),
                 "scores": list(self.scores),
+                "untrained": dict(self.untrained),
                 "kept": {name: handler.state_dict() for name, handler in self.kept.items()},
                 "world_size": world_size(),
                 "batch_size": self.sampler.batch_size,
@@ -423,6 +425,7 @@ class PretrainTrainer(Trainer):
             ) from error
         self.counts = dict(content["counts"])
         self.scores.extend(content["scores"])
+        self.untrained = dict(content["untrained"])
         for name, handler in self.kept.items():
             if name in content["kept"]:
                 handler.load_state_dict(content["kept"][name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from custom.methods.alice.losses import AliceLoss, Placed
 from custom.methods.alice.official import OfficialStudent
 from custom.methods.alice.places import token_centres
 from custom.methods.views import TargetView
+
+INDEX_ALARM, HITS_ALARM = 0.9, 0.95  # ours
 
 
 class AliceViews(NamedTuple):
@@ -103,6 +106,18 @@ class Alice(Method):
         """GAP(H) after the predictor, or GAP(phi(V)) where places are matched; and GAP(Y)."""
         owners = [*batch["patient_q"], *batch["patient_k"]]
         return Vectors(output.student_pooled.detach(), output.teacher_pooled, owners)
+
+    def alarms(self, latest: Mapping[str, float], untrained: Mapping[str, float]) -> list[str]:
+        """The shortcut of place matching: tokens tell their place in the crop, and no longer that in the body."""
+        falls = latest.get("probe/retrieval", 1.0) < untrained.get("probe/retrieval", 0.0)
+        index = latest.get("place/index_share", 0.0)
+        if falls and (index > INDEX_ALARM or latest.get("place/hits", 0.0) > HITS_ALARM):
+            return [
+                f"place matching is answered by the token's place in the crop ({index:.0%} of the variance, "
+                f"{latest['place/hits']:.0%} hits) while retrieval has fallen below the untrained encoder's. Raise max_offset, "
+                "or look at the pairs (alice check-alignment)."
+            ]
+        return []
 
     def timed(self) -> dict[str, list[nn.Module]]:
         """The online encoder, the decoder and the heads."""
