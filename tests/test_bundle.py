@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import nibabel as nib
 import numpy as np
 import pytest
@@ -323,10 +324,13 @@ def test_metadata_meets_the_schema_and_pins_exact_versions():
             assert {"type", "format", "num_channels", "spatial_shape", "dtype", "value_range"} <= set(tensor)
 
 
-def test_metadata_validates_against_monais_schema(real_data):
-    jsonschema = pytest.importorskip("jsonschema")
-    schema = real_data.parent / "tools" / "schema" / "meta_schema_20240725.json"
-    jsonschema.validate(json.loads((CONFIGS / "metadata.json").read_text()), json.loads(schema.read_text()))
+@pytest.mark.parametrize("bundle", sorted(p.name for p in (REPO / "bundles").iterdir() if p.is_dir()))
+def test_metadata_validates_against_monais_schema(bundle):
+    schema = json.loads((REPO / "tests" / "data" / "meta_schema_20240725.json").read_text())
+    metadata = json.loads((REPO / "bundles" / bundle / "configs" / "metadata.json").read_text())
+    jsonschema.validate(metadata, schema)
+    with pytest.raises(jsonschema.ValidationError, match="'task' is a required property"):
+        jsonschema.validate({k: v for k, v in metadata.items() if k != "task"}, schema)
 
 
 def test_the_bundle_has_the_zoos_files_none_too_large():
