@@ -226,6 +226,7 @@ def test_a_second_ctrl_c_does_not_wait(store, tmp_path):
         signal.signal(signal.SIGINT, ignored_under_nohup)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(store, tmp_path):
     """torchrun, timeout and Slurm signal the group; a dead worker would end the run without a checkpoint."""
     code = f"""
