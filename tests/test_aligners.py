@@ -17,10 +17,12 @@ from custom.landmarks.aligners.affine import register_affine
 from custom.landmarks.aligners.make import make_aligner
 from custom.landmarks.aligners.match import Aligner
 from custom.landmarks.aligners.sam import SamAligner, calibrate_threshold
+from custom.landmarks.aligners.simple import CoordinateAligner
 from custom.landmarks.embeddings.embed import embed_store
 from custom.landmarks.embeddings.file import EmbeddingError
 from custom.landmarks.embeddings.folder import EmbeddingFolder
 from custom.landmarks.matching.pair_map import fit_pair_map
+from custom.landmarks.matching.points import Matches
 from custom.landmarks.sam.network import SAM, SAMMaps
 from custom.landmarks.sam.scan_grid import CENTRES_ZYX, STRIDES_ZYX
 from custom.landmarks.sam.weights import save_sam
@@ -57,6 +59,26 @@ def embeddings(store: VolumeStore, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def body_point(store: VolumeStore, name: str, index: int = 700) -> np.ndarray:
     return to_world(store.affine(name), store.body_voxels(name)[index])
+
+
+class TwoBodies:
+    """Stands in for a store: two scans that differ in voxel size, in origin and in their body's box."""
+
+    def affine(self, name: str) -> np.ndarray:
+        affine = np.diag([2.0, 3.0, 5.0, 1.0] if name == "q" else [1.0, 2.0, 4.0, 1.0])
+        affine[:3, 3] = [0, 0, 0] if name == "q" else [-100, 50, 7]
+        return affine
+
+    def body_box_mm(self, name: str) -> np.ndarray:
+        box = [[10, 20, 4], [30, 60, 24]] if name == "q" else [[0, 7, 3], [50, 27, 43]]
+        return np.array(box, dtype=float)
+
+
+def test_coordinate_finds_the_same_share_of_the_other_bodys_box():
+    point_mm = np.array([15 * 2.0, 40 * 3.0, 19 * 5.0])  # 1/4, 1/2 and 3/4 of the way through the body of Q
+    match = CoordinateAligner(TwoBodies()).align("q", point_mm, "k", np.random.default_rng(0))
+    voxel = np.array([12.5, 17.0, 33.0])  # the same shares of the box of K
+    np.testing.assert_allclose(match.point_mm, voxel * [1, 2, 4] + [-100, 50, 7])
 
 
 def test_sam_finds_a_point_in_its_own_scan(store, embeddings):
@@ -105,6 +127,20 @@ def test_a_match_that_does_not_come_back_is_refused(store, embeddings):
     assert (np.array(scores[1])[changed] == -1).all()
     own = np.array([strict.align("case0", p, "case0", rng).score for p in points])
     assert (own > 0.9).mean() > 0.8, own
+
+
+def test_the_way_back_is_measured_from_the_point_asked_for(store, embeddings, monkeypatch):
+    aligner = SamAligner(store, embeddings, consensus=False)
+    # the other scan lies 100 mm away, and the way back misses the start by 2 mm
+    moves = {"case0": [100.0, 0.0, 0.0], "case1": [-100.0, 2.0, 0.0]}
+    monkeypatch.setattr(
+        aligner, "match", lambda q, point, k: Matches(point[None] + moves[q], np.array([0.9]))
+    )
+    for allowed_mm, score in ((1.9, -1.0), (2.1, 0.9)):
+        aligner.max_cycle_mm = allowed_mm
+        match = aligner.align("case0", np.array([5.0, 6.0, 7.0]), "case1", np.random.default_rng(0))
+        assert match.score == score
+        np.testing.assert_allclose(match.point_mm, [105.0, 6.0, 7.0])
 
 
 def test_the_threshold_comes_from_the_argument_the_embeddings_or_the_paper(store, embeddings):

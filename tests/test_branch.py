@@ -7,7 +7,7 @@ from custom.encoders.masked_vit import MaskedViT
 from custom.encoders.masking import hide_tokens
 from custom.encoders.tokens import token_encoder
 from custom.engine.ema import EMA
-from custom.methods.alice.branch import ALIGNMENTS, StudentBranch
+from custom.methods.alice.branch import ALIGNMENTS, StudentBranch, TeacherOutput
 from custom.methods.alice.casa import CASA, OfficialCASA
 from custom.methods.alice.losses import AliceLoss
 from custom.methods.heads import ProjectionHead
@@ -103,6 +103,26 @@ def test_the_literal_paper_has_no_predictor_and_t_equals_s_where_h_equals_y():
     assert isinstance(student.predict_pooled, torch.nn.Identity)
 
 
+@pytest.mark.parametrize(
+    "alignment, casa_teacher", [("casa", "shared"), ("casa", "ema"), ("casa_official", "shared")]
+)
+def test_s_looks_at_the_students_tokens_and_t_at_the_teachers(alignment, casa_teacher):
+    student = branch(alignment=alignment, casa_teacher=casa_teacher, predictor=False).eval()
+    teacher = student.make_teacher().eval()
+    if teacher.casa is not None:
+        torch.nn.init.normal_(teacher.casa.zeta.bias)  # so that the two CASA modules differ
+    target = TeacherOutput(torch.randn(2, 6, 32), torch.randn(2, 32))
+    hidden = hide_tokens(2, (2, 3, 1), 0.5)
+    output = student(torch.rand(2, 1, 32, 48, 16), hidden, target, teacher.casa)
+    decoded = student.decoder(output.visible, (2, 3, 1), hidden)
+    queries = student.head(output.visible) if alignment == "casa_official" else output.visible
+    expected_s = student.casa(queries, student.head(student.decoder.features(decoded)))  # H
+    expected_t = (teacher.casa or student.casa)(queries, target.tokens)  # Y
+    torch.testing.assert_close(output.student_tokens, expected_s)
+    torch.testing.assert_close(output.teacher_tokens, expected_t)
+    assert not torch.allclose(expected_s, expected_t, atol=0.01)
+
+
 def test_the_teacher_sees_every_token_and_pools_them():
     teacher = branch().make_teacher()
     out = teacher(torch.rand(2, 1, 32, 48, 16))
@@ -133,6 +153,15 @@ def test_ema_by_hand_over_everything_they_share():
     ema.update(1.0)
     after = {n: p.clone() for n, p in teacher.named_parameters()}
     assert all(torch.equal(after[n], p) for n, p in teacher.named_parameters())
+
+
+def test_ema_copies_buffers_whatever_its_momentum():
+    student, teacher = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    student(torch.randn(7, 3) + 5)
+    EMA(teacher, student).update(0.9)
+    assert teacher.num_batches_tracked == 1
+    for name, buffer in teacher.named_buffers():
+        assert torch.equal(buffer, dict(student.named_buffers())[name]), name
 
 
 def test_ema_refuses_networks_that_differ():

@@ -1,4 +1,4 @@
-"""The bundle as its users run it: from the YAML, from another directory, killed, resumed, and on two processes."""
+"""The bundle from its YAML; the slow tests run it as its users do: from another directory, killed, on two processes."""
 
 import json
 import os
@@ -9,15 +9,19 @@ import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import REPO, write_scan
 from monai.bundle import ConfigParser
 from monai.networks.nets import UNETR, SwinUNETR
+from monai.utils import set_determinism
 
 from custom.bundles.preflight import check_files, check_keys
+from custom.cli.main import main as alice
 from custom.encoders.nnformer import NNFormer
 from custom.engine.checkpoint import checkpoints_of, load_checkpoint
 from custom.engine.run_log import read_log
@@ -70,74 +74,81 @@ def losses(folder):
 
 @pytest.fixture(scope="module")
 def finished(scans, tmp_path_factory):
+    """A run by ``python -m monai.bundle run``, started from another directory."""
     folder = tmp_path_factory.mktemp("elsewhere")
     run(command(scans, folder / "run", workers=1), cwd=folder)
     return folder / "run"
 
 
-def test_a_run_leaves_checkpoints_log_and_an_encoder_for_stock_unetr(finished, tmp_path):
-    assert [p.name for p in checkpoints_of(finished / "checkpoints")] == [
+@pytest.fixture(scope="module")
+def trained(scans, tmp_path_factory):
+    """The same run in this process, which is much quicker."""
+    folder = tmp_path_factory.mktemp("here")
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / name) for name in ("train.yaml", "smoke.yaml")])
+    own = {"dataset_dir": str(scans), "output_dir": str(folder), "workers": 0, "preflight": None}
+    for key, value in (TINY | own).items():
+        parser.set(yaml.safe_load(value) if isinstance(value, str) else value, key)
+    set_determinism(parser["seed"])  # as the YAML's ``initialize``
+    parser.get_parsed_content("train::trainer").run()
+    set_determinism(None)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_is_the_same_from_any_directory(finished, trained):
+    assert losses(finished) == losses(trained)
+
+
+def test_a_run_leaves_checkpoints_log_and_an_encoder_for_stock_unetr(trained, tmp_path):
+    assert [p.name for p in checkpoints_of(trained / "checkpoints")] == [
         "iteration_00000004.pt",
         "iteration_00000006.pt",
     ]
-    lines = read_log(finished)
+    lines = read_log(trained)
     assert [line["step"] for line in lines] == list(range(7)) and "probe/retrieval" in lines[0]
-    assert list((finished / "tensorboard").glob("events*"))
-    run(
-        [
-            sys.executable,
-            "-m",
-            "custom.cli.main",
-            "export",
-            str(finished),
-            "--to",
-            str(tmp_path / "e.safetensors"),
-        ],
-        cwd=tmp_path,
-    )
+    assert list((trained / "tensorboard").glob("events*"))
+    alice(["export", str(trained), "--to", str(tmp_path / "e.safetensors")])
     unetr = UNETR(1, 2, (32, 32, 16), feature_size=4, hidden_size=48, mlp_dim=96, num_heads=4).eval()
     report = load_encoder(unetr, tmp_path / "e.safetensors", verbose=False)
     assert report.metadata["trained_iterations"] == 6 and report.metadata["spacing"] == [3.0, 3.0, 4.0]
     volume = torch.rand(1, 1, 32, 32, 16)
-    student = load_run(finished).student
+    student = load_run(trained).student
     torch.testing.assert_close(unetr.vit(volume)[0], student.encoder(volume).tokens, atol=1e-5, rtol=0)
 
 
-def test_chores_on_a_run_work_from_the_command_line(finished, tmp_path):
-    done = run([sys.executable, "-m", "custom.cli.main", "probe", str(finished)], cwd=tmp_path)
-    rows = json.loads(done.stdout.strip().splitlines()[-1])
+def test_chores_on_a_run_are_commands(trained, tmp_path, capsys):
+    alice(["probe", str(trained)])
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert set(rows) == {"untrained", "step 6"} and 0 <= rows["step 6"]["retrieval"] <= 1
-    run(
-        [sys.executable, "-m", "custom.cli.main", "picture", str(finished), str(tmp_path / "p.png")],
-        cwd=tmp_path,
-    )
+    alice(["picture", str(trained), str(tmp_path / "p.png")])
     assert (tmp_path / "p.png").stat().st_size > 10_000
-    refused = run(
-        [sys.executable, "-m", "custom.cli.main", "export", str(tmp_path)], cwd=tmp_path, check=False
-    )
-    assert refused.returncode == 1 and refused.stderr.strip().endswith(
-        f"(looked into {tmp_path / 'checkpoints'})."
-    )
-    assert "Traceback" not in refused.stderr
+    with pytest.raises(SystemExit) as refused:
+        alice(["export", str(tmp_path)])
+    said = capsys.readouterr().err.strip()
+    assert refused.value.code == 1 and said.startswith("alice: ") and "Traceback" not in said
+    assert said.endswith(f"(looked into {tmp_path / 'checkpoints'}).")
 
 
-def test_a_profile_says_where_a_steps_time_goes(scans, finished, tmp_path):
+@pytest.mark.slow
+def test_chores_on_a_run_work_from_the_command_line(finished, tmp_path):
+    words = [sys.executable, "-m", "custom.cli.main"]
+    run([*words, "probe", str(finished)], cwd=tmp_path)
+    run([*words, "picture", str(finished), str(tmp_path / "p.png")], cwd=tmp_path)
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+    refused = run([*words, "export", str(tmp_path)], cwd=tmp_path, check=False)
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+
+
+def test_a_profile_says_where_a_steps_time_goes(scans, trained, capsys):
     files = str([str(CONFIGS / f) for f in ("train.yaml", "smoke.yaml")])
-    words = [
-        sys.executable,
-        "-m",
-        "custom.cli.main",
-        "profile",
-        files,
-        "--steps",
-        "2",
-        "--dataset_dir",
-        str(scans),
-    ]
-    for key, value in (TINY | {"store_dir": finished / "store", "workers": 0}).items():
+    words = ["profile", files, "--steps", "2", "--dataset_dir", str(scans)]
+    for key, value in (TINY | {"store_dir": trained / "store", "workers": 0}).items():
         if key not in ("iterations", "warmup", "checkpoint_every", "monitor_every", "probe_every"):
             words += [f"--{key}", str(value)]
-    lines = run(words, cwd=tmp_path).stdout.splitlines()
+    capsys.readouterr()
+    alice(words)
+    lines = capsys.readouterr().out.splitlines()
     shares = {line.split()[0]: float(line.split()[2].rstrip("%")) for line in lines if line.endswith("%")}
     assert {
         "loader",
@@ -204,6 +215,7 @@ def test_two_processes_equal_one_over_the_same_global_batch(scans, finished, tmp
     np.testing.assert_allclose(losses(tmp_path / "two"), two, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -323,10 +335,13 @@ def test_metadata_meets_the_schema_and_pins_exact_versions():
             assert {"type", "format", "num_channels", "spatial_shape", "dtype", "value_range"} <= set(tensor)
 
 
-def test_metadata_validates_against_monais_schema(real_data):
-    jsonschema = pytest.importorskip("jsonschema")
-    schema = real_data.parent / "tools" / "schema" / "meta_schema_20240725.json"
-    jsonschema.validate(json.loads((CONFIGS / "metadata.json").read_text()), json.loads(schema.read_text()))
+@pytest.mark.parametrize("bundle", sorted(p.name for p in (REPO / "bundles").iterdir() if p.is_dir()))
+def test_metadata_validates_against_monais_schema(bundle):
+    schema = json.loads((REPO / "tests" / "data" / "meta_schema_20240725.json").read_text())
+    metadata = json.loads((REPO / "bundles" / bundle / "configs" / "metadata.json").read_text())
+    jsonschema.validate(metadata, schema)
+    with pytest.raises(jsonschema.ValidationError, match="'task' is a required property"):
+        jsonschema.validate({k: v for k, v in metadata.items() if k != "task"}, schema)
 
 
 def test_the_bundle_has_the_zoos_files_none_too_large():
@@ -343,6 +358,7 @@ def test_the_bundle_has_the_zoos_files_none_too_large():
     assert all(p.stat().st_size <= 25 * 2**20 for p in BUNDLE.rglob("*") if p.is_file())
 
 
+@pytest.mark.slow
 def test_inference_turns_a_scan_into_a_placed_feature_map(finished, tmp_path):
     write_scan(tmp_path / "scans" / "one.nii.gz", 3)
     (tmp_path / "scans" / "one_label.nii.gz").unlink()
@@ -384,6 +400,7 @@ def test_features_lie_where_the_affine_says(tmp_path):
     torch.testing.assert_close(found[0, 0, :3, 0, 0], torch.tensor([7.5, 23.5, 39.5]))
 
 
+@pytest.mark.slow
 def test_the_shipped_encoder_passes_the_zoos_checks(tmp_path):
     common = ["--meta_file", str(CONFIGS / "metadata.json"), "--config_file", str(CONFIGS / "inference.yaml")]
     verify = [sys.executable, "-m", "monai.bundle", "verify_net_in_out", "--net_id", "network_def", *common]
@@ -426,6 +443,7 @@ def test_real_abdomen_chest_and_head_and_neck_pre_train_together(real_data, tmp_
     assert (found[-5:, 2:5].mean(axis=0) < found[:5, 2:5].mean(axis=0)).all(), "every loss term falls"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, settings",
     [

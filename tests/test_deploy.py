@@ -226,6 +226,7 @@ def test_kinds_suffixes_and_missing_packages_are_named(bundle, tmp_path, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
 
 
+@pytest.mark.slow
 def test_the_command_exports_a_bundle_and_says_how_far_the_answers_lie_apart(bundle, monkeypatch, capsys):
     def alice(*words):
         monkeypatch.setattr(sys, "argv", ["alice", "export", str(bundle), *words])

@@ -229,7 +229,11 @@ def test_what_is_dropped_is_not_scored(tmp_path):
     assert {row["organ"] for row in taken} == set(plan.organs) - {dropped}
 
 
-@pytest.mark.parametrize("folder", REPORTED, ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "folder",
+    [pytest.param(f, marks=pytest.mark.slow) if f.name == "openkbp" else f for f in REPORTED],
+    ids=lambda folder: folder.name,
+)
 def test_the_committed_table_follows_from_the_committed_rows(folder):
     plan = few_shot_plan.read_plan(folder)
     text = few_shot_report.markdown(plan, few_shot_report.read_results(plan))

@@ -128,6 +128,25 @@ def test_our_readers_agree_with_itk(tmp_path, name, content):
     np.testing.assert_array_equal(volume, good_volume())
 
 
+@pytest.mark.parametrize(
+    "space, signs",
+    [
+        ("left-posterior-superior", (-1, -1, 1)),
+        ("right-anterior-superior", (1, 1, 1)),
+        ("left-anterior-superior", (-1, 1, 1)),
+        ("LPS", (-1, -1, 1)),
+        ("RAS", (1, 1, 1)),
+        ("LAS", (-1, 1, 1)),
+    ],
+)
+def test_the_space_of_a_nrrd_says_which_way_its_axes_point(tmp_path, space, signs):
+    (tmp_path / "a.nrrd").write_bytes(nrrd_bytes(space=space))
+    affine = open_scan(tmp_path / "a.nrrd").affine
+    stored = np.array([[3, 0, 0, -55], [0, 3.1, 0, -60], [0, 0, 4, -46]])  # as in the file's header
+    np.testing.assert_allclose(affine[:3], np.array(signs)[:, None] * stored)
+    np.testing.assert_allclose(affine, by_itk(tmp_path / "a.nrrd")[1])
+
+
 def by_itk(path):
     image = itk.imread(str(path))
     affine = np.eye(4)

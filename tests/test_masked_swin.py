@@ -180,7 +180,7 @@ large_crops = st.tuples(*[st.integers(1, 5)] * 3).filter(lambda grid: 5 <= np.pr
 
 
 @given(networks, crops, st.integers(1, 2), st.floats(0.3, 0.74), st.integers(0, 99))
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 def test_visible_features_and_all_gradients_are_those_of_the_dense_network(change, grid, batch, ratio, seed):
     check_against_reference(tiny_swin(seed, **change), grid, batch, ratio, seed)
 
@@ -201,10 +201,10 @@ def test_windows_shift_and_padding_of_swin_unetr_agree_with_the_dense_network():
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("sides", [(64, 32, 96), (50, 37, 61)])
-def test_with_nothing_hidden_it_computes_what_monai_computes(attention, sides):
+@pytest.mark.parametrize("batch, sides", [(1, (64, 32, 96)), (2, (50, 37, 29))])
+def test_with_nothing_hidden_it_computes_what_monai_computes(attention, batch, sides):
     net = tiny_swin(attention=attention, window_size=(7, 7, 5), downsample="mergingv2")
-    x = torch.rand(2, 1, *sides)
+    x = torch.rand(batch, 1, *sides)
     for normalize, grad in ((True, True), (False, False)):
         with torch.set_grad_enabled(grad):
             assert_same(net(x, normalize), SwinTransformer.forward(net, x, normalize))
@@ -402,7 +402,7 @@ def test_a_gpu_agrees_and_never_makes_the_host_wait():
 # -- cost, metered on the meta device: deterministic ----------------------------------------------------
 
 
-@pytest.mark.parametrize("sides", [(96, 96, 96), (192, 192, 64)])
+@pytest.mark.parametrize("sides", [(96, 96, 96), pytest.param((192, 192, 64), marks=pytest.mark.slow)])
 def test_hiding_three_quarters_takes_a_fifth_of_the_flops_and_memory(sides):
     net, x = MaskedSwin(**FULL).to("meta"), torch.empty(1, 1, *sides, device="meta")
     hidden = hide_tokens(1, [side // 32 for side in sides], 0.75, torch.Generator().manual_seed(0))

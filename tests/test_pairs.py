@@ -235,6 +235,14 @@ def test_masks_follow_the_sample_not_the_batch():
         TargetView(flip=(0.5, 2, 0))
 
 
+def test_q_and_k_hide_different_places_and_as_many():
+    collate = MaskedBatch(Masking(0.75), (4, 3, 2), keys=("crop_q", "crop_k"))
+    batch = collate([{"seed": seed} for seed in (3, 10**6, 2**40)])
+    hidden_q, hidden_k = batch["hidden_q"].flatten(1), batch["hidden_k"].flatten(1)
+    assert (hidden_q != hidden_k).any(dim=1).all()
+    assert hidden_q.sum(dim=1).tolist() == hidden_k.sum(dim=1).tolist() == [18] * 3
+
+
 def test_a_program_ends_though_workers_are_left_that_do_not_hear_its_signal(store):
     code = (
         "import sys, torch\n"

@@ -537,6 +537,7 @@ def bundle_run(folder, *files, **settings):
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_yaml_runs_saves_and_goes_on(two_mm, tmp_path):
     tiny = {
         "width": 4, "embedding_dim": 8, "crop_size": "[32,32,12]", "candidates": 300, "ranked": 100, "negatives": 20, "fine_memory": 99, "checkpoint_every": 2,
@@ -556,6 +557,7 @@ def test_the_yaml_runs_saves_and_goes_on(two_mm, tmp_path):
     assert steps == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_folder_is_embedded_and_aligners_are_compared_from_their_yaml(scans, tmp_path):
     torch.manual_seed(0)
     save_sam(tmp_path / "w.safetensors", SAM(4, 8).eval(), {"threshold": 0.5})
@@ -576,6 +578,7 @@ def test_a_folder_is_embedded_and_aligners_are_compared_from_their_yaml(scans, t
     assert (tmp_path / "report" / "index.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_asked_to_leave_keeps_its_step_and_no_finished_weights_and_refuses_other_settings(
     two_mm, tmp_path
 ):

@@ -154,6 +154,17 @@ def test_every_loss_is_lower_after_training_on_one_batch(store, tmp_path):
     assert batch["crop_q"].shape == (2, 1, 32, 48, 16)
 
 
+def test_the_teacher_follows_the_student_after_its_step(store, tmp_path):
+    follow_at_once = Schedule(1, 1e-3, momentum=0.0, final_momentum=0.0)
+    trainer = make_trainer(store, tmp_path, steps=1, schedule=follow_at_once)
+    before = {name: tensor.clone() for name, tensor in trainer.student.named_parameters()}
+    trainer.run()
+    after = dict(trainer.student.named_parameters())
+    for name, tensor in trainer.teacher.named_parameters():
+        assert torch.equal(tensor, after[name]), name
+    assert not all(torch.equal(tensor, after[name]) for name, tensor in before.items())  # it did learn
+
+
 def test_parts_of_a_batch_give_the_whole_batchs_gradient(store, tmp_path):
     gradients = []
     for accumulate in (1, 2):
@@ -199,16 +210,23 @@ def test_a_signal_saves_and_leaves(store, tmp_path, number):
 
 
 def test_a_second_ctrl_c_does_not_wait(store, tmp_path):
+    leave = LeaveOnSignal()
+
     def twice(engine):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # returns after the handler ran
+        assert leave.asked
+        signal.raise_signal(signal.SIGINT)
 
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        make_trainer(store, tmp_path, handlers=[LeaveOnSignal(), StopAt(3, twice)]).run()
-    assert signal.getsignal(signal.SIGINT) is before
+    ignored_under_nohup = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            make_trainer(store, tmp_path, handlers=[leave, StopAt(3, twice)]).run()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, ignored_under_nohup)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(store, tmp_path):
     """torchrun, timeout and Slurm signal the group; a dead worker would end the run without a checkpoint."""
     code = f"""
