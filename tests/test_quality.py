@@ -21,7 +21,6 @@ from custom.landmarks.quality.known_warp import WARPED, deform, draw_warp, write
 from custom.landmarks.quality.label_transfer import (
     distance_to_structure,
     label_transfer,
-    structure_centroid_error,
 )
 from custom.landmarks.quality.measures import (
     Figures,
@@ -29,7 +28,7 @@ from custom.landmarks.quality.measures import (
     errors_mm,
     known_warp,
     landmark_error,
-    phantom_error,
+    truth_error,
 )
 from custom.landmarks.quality.page import planes
 from custom.landmarks.quality.truth import phantom_truth, read_landmarks
@@ -77,8 +76,8 @@ def test_label_transfer_by_hand(shifted):
     assert still.inside[1].row("", "", "mean")["value"] == pytest.approx(7 / 11, abs=0.03)
     assert still.distance_mm[1].row("", "", "mean")["value"] == pytest.approx((2 + 4 + 6 + 8) / 11, abs=0.15)
     assert still.centroid_mm[1].by_pair[0][0] == pytest.approx(8.0, abs=1e-6)
-    error = structure_centroid_error(Shift((8.0, 3.0, 0)), shifted, [("a", "b")])
-    assert error[1].by_pair[0][0] == pytest.approx(3.0, abs=1e-6)
+    aside = label_transfer(Shift((8.0, 3.0, 0)), shifted, [("a", "b")])
+    assert aside.centroid_mm[1].by_pair[0][0] == pytest.approx(3.0, abs=1e-6)
 
 
 def test_distance_to_a_structure_by_hand():
@@ -164,14 +163,14 @@ def test_phantoms_have_a_true_correspondence(tmp_path):
         def align(self, scan_q, point_mm, scan_k, rng) -> Match:
             return Match(truth(scan_q, point_mm[None], scan_k)[0], 1.0)
 
-    assert phantom_error(Oracle(), made, folder, pairs, 10).row("", "", "mean")["value"] < 0.5
+    assert truth_error(Oracle(), made, truth, pairs, 10).row("", "", "mean")["value"] < 0.5
     near, control = (
-        phantom_error(a, made, folder, pairs, 30).row("", "", "mean")["value"]
+        truth_error(a, made, truth, pairs, 30).row("", "", "mean")["value"]
         for a in (CoordinateAligner(made), RandomAligner(made))
     )
     assert near < 40 < control
     with pytest.raises(ValueError, match="alice phantom"):
-        phantom_error(Oracle(), made, tmp_path, pairs, 1)
+        truth_error(Oracle(), made, phantom_truth(made, tmp_path), pairs, 1)
 
 
 def test_landmarks_are_read_and_measured(tmp_path):

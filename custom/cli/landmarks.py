@@ -31,8 +31,8 @@ def embed(
         device: cpu or cuda.
         overwrite: replace what was made with other weights or from other voxels.
         allow_profile: embed a store of another profile than ct, which SAM was not trained on.
-        bits: 4 to 8 bits a number; by default 4 of the published network's 128, 7 of a compact one's 32, and what is there
-            already stays.
+        bits: 4, 7 or 8 bits a number. By default 4 for the published network (128 numbers a vector), 7 for a compact
+            one (32 numbers); files that are there already stay.
     """
     from custom.data.remote import is_url
     from custom.data.store.volume_store import VolumeStore

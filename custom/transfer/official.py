@@ -86,11 +86,6 @@ def load_sam(path: str | PathLike[str]) -> SAM:
     return model
 
 
-def read_sam(path: str | PathLike[str]) -> OfficialWeights:
-    """The weights for ``SAM()`` and what else the file holds; arguments and errors as :func:`load_sam`."""
-    return _read_sam(path, SAM())
-
-
 def _read_sam(path: str | PathLike[str], model: SAM) -> OfficialWeights:
     """The weights for ``model``, which gives the names and shapes to find."""
     found = _strip(_unwrap(read_checkpoint(path), ("state_dict", "model", *ROLES)), ("module.",), path)

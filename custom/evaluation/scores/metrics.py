@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 from custom.evaluation.scores.masks import checked_spacing, label_map, mask_pair, refuse_other_shape, union
-from custom.evaluation.scores.rules import BTCV, FLARE22, ScoringRule
+from custom.evaluation.scores.rules import FLARE22, ScoringRule
 from custom.evaluation.scores.surfaces import hd95, nsd
 
 STATUSES = ("ok", "absent", "missed", "spurious", "unscored", "failed")
@@ -47,16 +47,6 @@ def flare_scores(
     """
     rows = case_rows(prediction, reference, spacing, FLARE22, with_hd95=False)
     return {row["organ"]: (row["dsc"], row["nsd"]) for row in rows}
-
-
-def btcv_scores(prediction: ArrayLike, reference: ArrayLike, spacing: Sequence[float]) -> dict[str, float]:
-    """DSC of BTCV's 13 organs and their ``mean``, as the UNETR and Swin UNETR repositories count them.
-
-    An organ absent from the reference scores 0 and stays in the mean. See :func:`flare_scores`.
-    """
-    rows = case_rows(prediction, reference, spacing, BTCV, with_hd95=False, with_nsd=False)
-    scores = {row["organ"]: row["dsc"] for row in rows}
-    return {**scores, "mean": sum(scores.values()) / len(scores)}
 
 
 def case_rows(

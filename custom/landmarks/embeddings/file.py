@@ -19,6 +19,7 @@ from custom.files import replacing
 from custom.landmarks.embeddings.blocks import make_blocks
 from custom.landmarks.embeddings.lattice import coarse_norm, flat_index, lattice_weights, pool
 from custom.landmarks.embeddings.packing import (
+    BITS,
     bits_for,
     largest_of,
     levels_of,
@@ -112,13 +113,13 @@ def save_embedding(
         source_sha256: of the scan.
         name: the scan's; the path's stem by default.
         body: bool (z, y, x) of fine cells; only these are stored and found. None for all.
-        fine_bits: 4 to 8; None takes :func:`custom.landmarks.embeddings.packing.bits_for` the embeddings' length.
+        fine_bits: 4, 7 or 8; None takes :func:`custom.landmarks.embeddings.packing.bits_for` the embeddings' length.
 
     Returns:
         Size and rounding error.
 
     Raises:
-        ValueError: if ``body`` has another grid or holds nothing, or ``fine_bits`` is out of range.
+        ValueError: if ``body`` has another grid or holds nothing, or ``fine_bits`` is another number.
     """
     path = Path(path)
     rows = np.ascontiguousarray(embedding.fine.detach().float().cpu().permute(1, 2, 3, 0).numpy())
@@ -243,6 +244,11 @@ def read_header(path: Path) -> tuple[EmbeddingHeader, dict[str, tuple[Any, tuple
         raise EmbeddingError(
             f"{path}: no embedding, or damaged ({error}). Delete it and embed again."
         ) from error
+    if header.fine_bits not in BITS:
+        raise EmbeddingError(
+            f"{path}: holds {header.fine_bits} bits a number, this version reads 4, 7 or 8. Embed again, with "
+            f"overwrite: alice embed STORE {path.parent} --overwrite"
+        )
     if set(places) != set(_SECTIONS) or not right_types or size != 8 + length + end:
         raise EmbeddingError(f"{path}: cut short or damaged. Delete it and embed again.")
     return header, places, 8 + length

@@ -13,19 +13,20 @@ from custom.errors import AliceError
 # measured. Entropy coding (zstd) gains nothing on top and costs ten times the search.
 FEW_NUMBERS = 64
 BITS_OF_FEW, BITS_OF_MANY = 7, 4
+BITS = (4, 7, 8)
 _STEPS_AN_OCTAVE, _SMALLEST = 24, 2.0**-8  # of the largest number of a row, as it is stored
 
 
 def bits_for(dim: int, asked: int | None = None) -> int:
-    """Bits a number of fine vectors of ``dim`` numbers: those asked for, or by default 4 of many, 7 of few.
+    """Bits for each number of a fine vector: those asked for; by default 4 if ``dim`` is above 64, else 7.
 
     Raises:
-        ValueError: for bits that nothing is packed to.
+        ValueError: if the bits asked for are not 4, 7 or 8.
     """
     if asked is None:
         return BITS_OF_FEW if dim <= FEW_NUMBERS else BITS_OF_MANY
-    if not 4 <= asked <= 8:
-        raise AliceError(f"fine_bits must be in 4 to 8, got {asked}.")
+    if asked not in BITS:
+        raise AliceError(f"fine_bits (--bits of alice embed) must be 4, 7 or 8, got {asked}.")
     return asked
 
 

@@ -74,13 +74,6 @@ def label_transfer(
     return LabelFigures(*({value: Figures(rows) for value, rows in table.items()} for table in found))
 
 
-def structure_centroid_error(
-    aligner: Aligner, store: VolumeStore, pairs: Sequence[Pair], num_points: int = 20, seed: int = 0
-) -> dict[int, Figures]:
-    """Per structure, how far the centroid of its matched points lies from the key's own, in mm."""
-    return label_transfer(aligner, store, pairs, num_points, seed).centroid_mm
-
-
 def distance_to_structure(
     mask: NDArray[np.bool_], affine: NDArray[np.float64], points_mm: NDArray[np.float64]
 ) -> NDArray[np.float64]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from custom.data.store.volume_store import VolumeStore
 from custom.landmarks.aligners.match import Aligner
 from custom.landmarks.quality.known_warp import WARPED, Warp
-from custom.landmarks.quality.truth import Truth, phantom_truth, warp_truth
+from custom.landmarks.quality.truth import Truth, warp_truth
 from custom.space import to_world
 
 Pair: TypeAlias = tuple[str, str]
@@ -114,18 +113,6 @@ def known_warp(
     """Target registration error in mm between deformed scans and their originals (see :func:`~custom.landmarks.quality.known_warp.write_warped`)."""
     pairs = [(name, name.removesuffix(WARPED)) for name in sorted(warps)]
     return truth_error(aligner, store, warp_truth(warps, store), pairs, num_points, seed)
-
-
-def phantom_error(
-    aligner: Aligner,
-    store: VolumeStore,
-    folder: str | Path,
-    pairs: Sequence[Pair],
-    num_points: int,
-    seed: int = 0,
-) -> Figures:
-    """Distance in mm from the true correspondence of phantoms; places outside the key's scan do not count."""
-    return truth_error(aligner, store, phantom_truth(store, folder), pairs, num_points, seed)
 
 
 def landmark_error(
