@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from monai.metrics.utils import create_table_neighbour_code_to_surface_area
 
 from custom import files
+from custom.evaluation.scores import surfaces
 from custom.evaluation.scores.metrics import case_rows, dice, flare_scores, hd95, nsd
 from custom.evaluation.scores.rows import read_rows, write_rows
 from custom.evaluation.scores.rules import BTCV, BTCV_ORGANS, FLARE22, FLARE22_ORGANS, ScoringRule, plain_rule
@@ -104,6 +106,13 @@ def test_nsd_of_two_plates_by_hand():
     assert nsd(lower, upper, (1, 1, 2), 1.99) == 0.0
     assert nsd(lower, upper, (1, 1, 2), 2.0) == pytest.approx(0.5, abs=1e-7)
     assert nsd(lower, upper, (1, 1, 2), 4.0) == 1.0
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), SPACING])
+def test_areas_are_those_of_monais_table(spacing):
+    table, kernel = create_table_neighbour_code_to_surface_area(spacing)
+    np.testing.assert_allclose(surfaces._surface_areas(spacing), table.numpy(), rtol=1e-6)
+    assert kernel.flatten().tolist() == [128 >> bit for bit in range(8)]
 
 
 def test_nsd_equals_monai_with_subvoxels():
@@ -373,9 +382,3 @@ def test_more_refusals(tmp_path: Path):
     with pytest.raises(ValueError, match="line 2: dsc is 'high'"):
         read_rows(tmp_path / "bad.csv")
     assert not (tmp_path / "rows.csv").exists()
-
-
-def test_phantoms_are_labelled_in_the_order_that_is_scored():
-    from custom.data.phantom.cohort import FLARE_ORGANS
-
-    assert tuple(FLARE_ORGANS) == tuple(FLARE22_ORGANS)

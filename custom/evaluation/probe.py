@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from custom.errors import AliceError
+from custom.space import to_voxels, to_world
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def region_points(
     anchors = _label_anchors(store, names)
     by = "labels" if anchors else "body"
     if not anchors:
-        anchors = {n: _to_world(store.affine(n), boxes[n].mean(axis=0)) for n in names}
+        anchors = {n: to_world(store.affine(n), boxes[n].mean(axis=0)) for n in names}
     return {n: anchors[n] + lattice for n in names}, by
 
 
@@ -84,7 +85,7 @@ def _label_anchors(store: Volumes, names: Sequence[str]) -> dict[str, np.ndarray
     for name in names:
         label = store.read_label_crop(name, (0, 0, 0), store.shape(name))
         centroids[name] = {
-            int(v): _to_world(store.affine(name), np.argwhere(label == v).mean(axis=0))
+            int(v): to_world(store.affine(name), np.argwhere(label == v).mean(axis=0))
             for v in np.unique(label)
             if v
         }
@@ -118,7 +119,7 @@ def region_retrieval(
     regions = len(next(iter(points.values())))
     vectors = []
     for name in names:
-        voxels = np.rint(_to_voxels(store.affine(name), points[name])).astype(int)
+        voxels = np.rint(to_voxels(store.affine(name), points[name])).astype(int)
         crops = [
             _crop(store, name, voxel - np.array(crop_size) // 2, crop_size, window_hu) for voxel in voxels
         ]
@@ -232,14 +233,6 @@ def _crop(
     ct = getattr(store, "profile", "ct") == "ct"
     crop = store.read_crop(name, [int(s) for s in start], size, fill=int(max(low, -1024)) if ct else int(low))
     return torch.from_numpy(np.clip((crop.astype(np.float32) - low) / (high - low), 0, 1))[None]
-
-
-def _to_world(affine: np.ndarray, voxels: np.ndarray) -> np.ndarray:
-    return voxels @ affine[:3, :3].T + affine[:3, 3]
-
-
-def _to_voxels(affine: np.ndarray, points_mm: np.ndarray) -> np.ndarray:
-    return np.linalg.solve(affine[:3, :3], (points_mm - affine[:3, 3]).T).T
 
 
 class EncoderProbe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import pickle
@@ -26,6 +25,7 @@ from custom.encoders.nnformer import NNFormer
 from custom.encoders.positions import resize_positions
 from custom.errors import AliceError
 from custom.files import replacing, write_text
+from custom.landmarks.sam.weights import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -265,16 +265,6 @@ def resize_encoder(encoder: nn.Module, settings: dict[str, Any], img_size: Seque
     table = dict([*resized.named_parameters(), *resized.named_buffers()])[name]
     table.data = resize_positions(table.data, here, there)
     return resized
-
-
-def sha256_of(state: dict[str, Tensor]) -> str:
-    """Of names, shapes, types and bytes, in order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else tensor.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _encoder_of(network: nn.Module) -> tuple[nn.Module, tuple[int, ...] | None]:

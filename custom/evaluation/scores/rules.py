@@ -6,39 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from custom.data.organs import BTCV_ORGANS, FLARE22_ORGANS
 from custom.errors import AliceError
-
-# Label value 1, 2, ... in the order of FLARE22's official evaluation.
-FLARE22_ORGANS = (
-    "liver",
-    "right kidney",
-    "spleen",
-    "pancreas",
-    "aorta",
-    "inferior vena cava",
-    "right adrenal gland",
-    "left adrenal gland",
-    "gallbladder",
-    "esophagus",
-    "stomach",
-    "duodenum",
-    "left kidney",
-)
-BTCV_ORGANS = (
-    "spleen",
-    "right kidney",
-    "left kidney",
-    "gallbladder",
-    "esophagus",
-    "liver",
-    "stomach",
-    "aorta",
-    "inferior vena cava",
-    "portal and splenic veins",
-    "pancreas",
-    "right adrenal gland",
-    "left adrenal gland",
-)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from custom.files import replacing
 from custom.landmarks.sam.network import SAM
 from custom.landmarks.sam.scan_grid import HU_RANGE, SPACING_MM
 
-FORMAT = "alice-sam-1"
+FORMAT = "alice-sam-2"
 KEY = "sam"  # of the metadata, which is one JSON text
 NAMES = {"torch.float16": torch.float16, "torch.float32": torch.float32}
 
@@ -152,12 +152,13 @@ def note_in_weights(path: str | PathLike[str], notes: Mapping[str, Any]) -> dict
 
 
 def sha256_of(state: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and values, in the order of names."""
+    """Checksum of a state dict: names, shapes, types and bytes, in order of names."""
     digest = hashlib.sha256()
     for name in sorted(state):
-        value = state[name].contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.numpy().tobytes())
+        tensor = state[name].detach().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        # as bytes, since numpy lacks bfloat16; flat, since torch views neither scalars nor odd strides as bytes
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
