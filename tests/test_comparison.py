@@ -13,11 +13,11 @@ from custom.evaluation.compare.overlays import Overlay
 from custom.evaluation.compare.page import comparison_page
 from custom.evaluation.compare.run_files import read_run
 from custom.evaluation.compare.worst_cases import Pictures, worst_overlays
+from custom.evaluation.scores.csv_rows import write_rows
 from custom.evaluation.scores.metrics import case_rows
-from custom.evaluation.scores.rows import write_rows
 from custom.evaluation.scores.rules import plain_rule
-from custom.evaluation.scores.scoring import score_folder
-from custom.evaluation.statistics.statistics import compare
+from custom.evaluation.scores.score_folder import score_folder
+from custom.evaluation.statistics.per_organ import compare
 
 TWO = plain_rule(("liver", "spleen"), 2.0)
 

@@ -19,7 +19,7 @@ from custom.landmarks.embeddings.file import EmbeddingError, save_embedding
 from custom.landmarks.embeddings.folder import EmbeddingFolder, embedding_path
 from custom.landmarks.embeddings.packing import BITS, levels_of, pack, quantise, unpack
 from custom.landmarks.embeddings.stored import StoredEmbedding
-from custom.landmarks.matching.near import match_near
+from custom.landmarks.matching.local_search import match_near
 from custom.landmarks.matching.points import match_points
 from custom.landmarks.sam.body_cells import body_cells
 from custom.landmarks.sam.network import SAM, embed_scan

@@ -10,8 +10,8 @@ from monai.metrics.utils import create_table_neighbour_code_to_surface_area
 
 from custom import files
 from custom.evaluation.scores import surfaces
+from custom.evaluation.scores.csv_rows import read_rows, write_rows
 from custom.evaluation.scores.metrics import case_rows, dice, flare_scores, hd95, nsd
-from custom.evaluation.scores.rows import read_rows, write_rows
 from custom.evaluation.scores.rules import BTCV, BTCV_ORGANS, FLARE22, FLARE22_ORGANS, ScoringRule, plain_rule
 
 SPACING = (0.7, 1.3, 2.9)

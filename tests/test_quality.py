@@ -14,24 +14,24 @@ from custom.cli import main as cli
 from custom.data.phantom.cohort import write_cohort
 from custom.data.store.build import build_store
 from custom.data.store.volume_store import VolumeStore
-from custom.landmarks.aligners.match import Match
+from custom.landmarks.aligners.protocol import Match
 from custom.landmarks.aligners.simple import CoordinateAligner, RandomAligner
-from custom.landmarks.quality.check import alignment_table, check_alignment, draw_pairs
+from custom.landmarks.quality.alignment_errors import (
+    Figures,
+    errors_mm,
+    known_warp,
+    landmark_error,
+    query_aligner,
+    truth_error,
+)
+from custom.landmarks.quality.check_alignment import alignment_table, check_alignment, draw_pairs
+from custom.landmarks.quality.ground_truth import phantom_truth, read_landmarks
 from custom.landmarks.quality.known_warp import WARPED, deform, draw_warp, write_warped
 from custom.landmarks.quality.label_transfer import (
     distance_to_structure,
     label_transfer,
 )
-from custom.landmarks.quality.measures import (
-    Figures,
-    ask,
-    errors_mm,
-    known_warp,
-    landmark_error,
-    truth_error,
-)
 from custom.landmarks.quality.page import planes
-from custom.landmarks.quality.truth import phantom_truth, read_landmarks
 from custom.landmarks.sam.network import SAM
 from custom.landmarks.sam.weights import save_sam
 from custom.space import to_world
@@ -92,10 +92,10 @@ def test_a_point_without_an_answer_is_missed_and_infinitely_far(shifted):
     transfer = label_transfer(Shift(refuse_below=1e9), shifted, [("a", "b")], num_points=3)
     assert transfer.inside[1].row("", "", "mean")["value"] == 0.0
     assert np.isinf(transfer.distance_mm[1].by_pair[0]).all()
-    asked = ask(Shift(refuse_below=0.0), ("a", "b"), np.array([[-1.0, 0, 0], [1.0, 0, 0]]))
-    assert asked.accepted.tolist() == [False, True]
-    np.testing.assert_array_equal(errors_mm(asked, np.array([[0.0, 0, 0], [1.0, 3, 4]])), [np.inf, 5.0])
-    assert np.isnan(errors_mm(asked, np.full((2, 3), np.nan))).all()
+    answers = query_aligner(Shift(refuse_below=0.0), ("a", "b"), np.array([[-1.0, 0, 0], [1.0, 0, 0]]))
+    assert answers.accepted.tolist() == [False, True]
+    np.testing.assert_array_equal(errors_mm(answers, np.array([[0.0, 0, 0], [1.0, 3, 4]])), [np.inf, 5.0])
+    assert np.isnan(errors_mm(answers, np.full((2, 3), np.nan))).all()
 
 
 def test_figures_by_hand():

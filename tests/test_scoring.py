@@ -11,10 +11,10 @@ from monai.transforms import SaveImage
 
 from custom.cli.scores import score
 from custom.evaluation.scores.case_files import find_references, match_files, possible_cases
+from custom.evaluation.scores.csv_rows import read_rows
 from custom.evaluation.scores.metrics import case_rows, flare_scores
-from custom.evaluation.scores.rows import read_rows
 from custom.evaluation.scores.rules import FLARE22, FLARE22_ORGANS, plain_rule
-from custom.evaluation.scores.scoring import make_rule, score_folder, score_markdown
+from custom.evaluation.scores.score_folder import make_rule, score_folder, score_markdown
 
 SHAPE = (23, 19, 17)
 AFFINE = np.array([[-1.5, 0, 0, 12.0], [0, -1.7, 0, -7.0], [0, 0, 2.5, 31.0], [0, 0, 0, 1.0]])

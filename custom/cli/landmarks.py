@@ -168,11 +168,11 @@ def check_alignment(
     """
     from custom.data.store.volume_store import VolumeStore
     from custom.landmarks.aligners.make import make_aligner
-    from custom.landmarks.aligners.match import Aligner
+    from custom.landmarks.aligners.protocol import Aligner
     from custom.landmarks.embeddings.folder import EmbeddingFolder
-    from custom.landmarks.quality import check as quality
+    from custom.landmarks.quality import check_alignment as quality
+    from custom.landmarks.quality.ground_truth import phantom_truth
     from custom.landmarks.quality.page import table_cells
-    from custom.landmarks.quality.truth import phantom_truth
     from custom.landmarks.sam.weights import read_sam_metadata
 
     volumes = VolumeStore(store)

@@ -11,9 +11,9 @@ from custom.errors import AliceError
 from custom.evaluation.compare.page import comparison_page
 from custom.evaluation.compare.run_files import cases_in_words, read_run, refuse_other_cases
 from custom.evaluation.compare.worst_cases import Pictures, worst_overlays
+from custom.evaluation.statistics.markdown import HOW, markdown_text, to_markdown
 from custom.evaluation.statistics.paired_rows import Row
-from custom.evaluation.statistics.statistics import compare
-from custom.evaluation.statistics.tables import HOW, markdown_text, to_markdown
+from custom.evaluation.statistics.per_organ import compare
 from custom.files import write_text
 
 METRICS = ("dsc", "nsd", "hd95")
@@ -44,7 +44,7 @@ def compare_runs(
     """Compare run B with run A.
 
     Args:
-        a: CSV of :func:`custom.evaluation.scores.rows.write_rows`, or a folder holding one per fold.
+        a: CSV of :func:`custom.evaluation.scores.csv_rows.write_rows`, or a folder holding one per fold.
         b: the same of the other run.
         output: folder for comparison.md and index.html; None writes nothing.
         metrics: columns to compare; by default those of :data:`METRICS` that both runs measured.
@@ -57,7 +57,7 @@ def compare_runs(
         draws: how many.
 
     Raises:
-        ValueError: as :func:`read_run` and :func:`custom.evaluation.statistics.statistics.compare`; if the runs differ in
+        ValueError: as :func:`read_run` and :func:`custom.evaluation.statistics.per_organ.compare`; if the runs differ in
             cases and ``common`` is False; or a picture is missing.
     """
     rows_a, rows_b = read_run(a), read_run(b)

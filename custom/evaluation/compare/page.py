@@ -12,8 +12,8 @@ from matplotlib.patches import Patch, Rectangle
 
 from custom.evaluation.compare.overlays import Overlay, overlay_pictures
 from custom.evaluation.compare.run_files import cases_in_words
-from custom.evaluation.statistics.statistics import OVERALL, Comparison
-from custom.evaluation.statistics.tables import COLUMNS, HOW, METRIC_NAMES, table_cells
+from custom.evaluation.statistics.markdown import COLUMNS, HOW, METRIC_NAMES, table_cells
+from custom.evaluation.statistics.per_organ import OVERALL, Comparison
 from custom.report import COLOUR_A, COLOUR_B, Page
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from custom.errors import AliceError
-from custom.evaluation.scores.rows import read_rows
+from custom.evaluation.scores.csv_rows import read_rows
 from custom.evaluation.statistics.paired_rows import Pair, Row, key_of
-from custom.evaluation.statistics.statistics import merge_folds
+from custom.evaluation.statistics.per_organ import merge_folds
 
 _NAMED = {
     key: re.compile(rf"(?:^|[/\\_\-.]){key}[_\-]?(\d+)(?!\d)", re.IGNORECASE) for key in ("fold", "seed")

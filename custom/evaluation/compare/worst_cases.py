@@ -22,7 +22,7 @@ from custom.evaluation.scores.case_files import (
     refuse_other_grid,
 )
 from custom.evaluation.statistics.paired_rows import Row, key_of
-from custom.evaluation.statistics.statistics import worst_rows
+from custom.evaluation.statistics.per_organ import worst_rows
 
 WINDOW_HU = (-175.0, 250.0)  # the segmentation recipes' window
 

@@ -74,7 +74,7 @@ def case_rows(
         Rows with ``case, protocol, organ, label, status, dsc, nsd, hd95`` (mm) and, of the whole volume,
         ``reference_ml, prediction_ml``. ``status`` is ``ok``; ``absent`` from both maps; ``missed`` by the
         prediction; ``spurious``, not in the reference; or ``unscored``, as the rule leaves no slice. (``failed``, the last of
-        :data:`STATUSES`, is a case without prediction; :mod:`custom.evaluation.scores.scoring` counts those.)
+        :data:`STATUSES`, is a case without prediction; :mod:`custom.evaluation.scores.score_folder` counts those.)
 
     Raises:
         ValueError: as :func:`flare_scores`.

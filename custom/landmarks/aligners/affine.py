@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from custom.landmarks.aligners.match import Map, Match
+from custom.landmarks.aligners.protocol import Map, Match
 from custom.space import to_world
 
 

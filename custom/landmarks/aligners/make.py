@@ -8,7 +8,7 @@ from typing import Any
 
 from custom.errors import AliceError
 from custom.landmarks.aligners.affine import AffineAligner
-from custom.landmarks.aligners.match import Aligner
+from custom.landmarks.aligners.protocol import Aligner
 from custom.landmarks.aligners.sam import SamAligner
 from custom.landmarks.aligners.simple import CoordinateAligner, RandomAligner
 from custom.landmarks.embeddings.folder import EmbeddingFolder

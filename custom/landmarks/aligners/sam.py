@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from custom.errors import AliceError
-from custom.landmarks.aligners.match import Map, Match
+from custom.landmarks.aligners.protocol import Map, Match
 from custom.landmarks.embeddings.embedding_map import query_cells
 from custom.landmarks.embeddings.folder import EmbeddingFolder
 from custom.landmarks.embeddings.stored import StoredEmbedding
-from custom.landmarks.matching.near import match_near
+from custom.landmarks.matching.local_search import match_near
 from custom.landmarks.matching.pair_map import FEW_ANCHORS, PairMap, fit_pair_map, refine_pair_map
 from custom.landmarks.matching.points import Matches, match_points
 from custom.landmarks.matching.search import REFUSED, Method

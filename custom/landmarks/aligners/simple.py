@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from custom.landmarks.aligners.match import Map, Match, ScanGeometry
+from custom.landmarks.aligners.protocol import Map, Match, ScanGeometry
 from custom.space import to_voxels, to_world
 
 

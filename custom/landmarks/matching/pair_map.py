@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from custom.landmarks.embeddings.blocks import Blocks
 from custom.landmarks.embeddings.embedding_map import EmbeddingMap, Searchable, prepare_pair, query_cells
-from custom.landmarks.matching.near import ROUGH_NEAR_MM, match_roughly_near, outside_mm
+from custom.landmarks.matching.local_search import ROUGH_NEAR_MM, match_roughly_near, outside_mm
 from custom.landmarks.sam.scan_grid import cell_to_world
 
 Array = NDArray[Any]
@@ -42,7 +42,7 @@ class PairMap(NamedTuple):
         matrix: (3, 3).
         middle_q, middle_k: (3,) mm; ``matrix`` turns about them.
         anchors_mm: (n, 3) of Q, where the bending is known.
-        pull: (n, 3), what each anchor adds, times its nearness.
+        coefficients: (n, 3), what each anchor adds, times its nearness.
         support: share of matches that agree with the affine map to 20 mm: next to none where two scans have no
             anatomy in common.
     """
@@ -51,7 +51,7 @@ class PairMap(NamedTuple):
     middle_q: Array
     middle_k: Array
     anchors_mm: Array
-    pull: Array
+    coefficients: Array
     support: float
 
     def __call__(self, points_mm: Array) -> Array:
@@ -60,7 +60,7 @@ class PairMap(NamedTuple):
         found = self._affine(points)
         for start in range(0, len(points), _TOGETHER):
             some = slice(start, start + _TOGETHER)
-            found[some] += _nearness(points[some], self.anchors_mm) @ self.pull
+            found[some] += _covariance(points[some], self.anchors_mm) @ self.coefficients
         return found
 
     def _affine(self, points: Array) -> Array:
@@ -72,7 +72,7 @@ def fit_pair_map(blocks_q: Blocks, blocks_k: Blocks, *, anchors: int = ANCHORS) 
 
     Blocks of Q are matched to every second one of K, and back to every second one of Q (another one comes back 16 mm off at
     best, and counts two thirds). The affine map is fitted by re-weighted least squares (Cauchy's weights,
-    slightly held to the identity), what is left by Gaussian process regression with robust noise.
+    slightly held to the identity), what is residual by Gaussian process regression with robust noise.
 
     Args:
         blocks_q: of the scan that is asked.
@@ -91,10 +91,10 @@ def fit_pair_map(blocks_q: Blocks, blocks_k: Blocks, *, anchors: int = ANCHORS) 
     trust = 1 / (1 + (cycle_mm / CYCLE_MM) ** 2)
 
     matrix, middle_q, middle_k = robust_affine(points_q, points_k, trust)
-    left = points_k - (points_q - middle_q) @ matrix.T - middle_k
-    support = float((np.linalg.norm(left, axis=1) < AGREE_MM).mean())
-    pull = bend(points_q, left, trust, BEND_NOISE_MM)
-    return PairMap(matrix, middle_q, middle_k, points_q, pull, support)
+    residual = points_k - (points_q - middle_q) @ matrix.T - middle_k
+    support = float((np.linalg.norm(residual, axis=1) < AGREE_MM).mean())
+    coefficients = fit_bending(points_q, residual, trust, BEND_NOISE_MM)
+    return PairMap(matrix, middle_q, middle_k, points_q, coefficients, support)
 
 
 def refine_pair_map(
@@ -115,21 +115,22 @@ def refine_pair_map(
         ValueError: if the embeddings do not compare.
     """
     map_q, map_k = prepare_pair(embedding_q, embedding_k)
-    places = places_of(map_q, None if about_mm is None else np.asarray(about_mm, dtype=float).reshape(3))
+    places = draw_places(map_q, None if about_mm is None else np.asarray(about_mm, dtype=float).reshape(3))
     expected = pair(places)
-    left = match_roughly_near(places, expected, map_q, map_k) - expected
+    residual = match_roughly_near(places, expected, map_q, map_k) - expected
     # near K's edge the search is one-sided, and off it every answer lies too far in
-    known = np.isfinite(left).all(axis=1) & (outside_mm(expected, map_k) <= -ROUGH_NEAR_MM)
+    known = np.isfinite(residual).all(axis=1) & (outside_mm(expected, map_k) <= -ROUGH_NEAR_MM)
     if not known.any():
         return pair
-    places, left = places[known], left[known]
-    pull = bend(places, left, np.ones(len(left)), REFINED_NOISE_MM)
+    places, residual = places[known], residual[known]
+    coefficients = fit_bending(places, residual, np.ones(len(residual)), REFINED_NOISE_MM)
     return pair._replace(
-        anchors_mm=np.concatenate([pair.anchors_mm, places]), pull=np.concatenate([pair.pull, pull])
+        anchors_mm=np.concatenate([pair.anchors_mm, places]),
+        coefficients=np.concatenate([pair.coefficients, coefficients]),
     )
 
 
-def places_of(map_q: EmbeddingMap, about_mm: Array | None) -> Array:
+def draw_places(map_q: EmbeddingMap, about_mm: Array | None) -> Array:
     """Places (n, 3) mm in the body of a scan, drawn evenly, or by nearness to a point."""
     rng = np.random.default_rng(0)
     if about_mm is not None:
@@ -171,29 +172,29 @@ def robust_affine(points_q: Array, points_k: Array, trust: Array) -> tuple[Array
     return matrix, middle_q, middle_k
 
 
-def bend(anchors_mm: Array, left_mm: Array, trust: Array, noise_mm: float) -> Array:
+def fit_bending(anchors_mm: Array, residual_mm: Array, trust: Array, noise_mm: float) -> Array:
     """Gaussian process regression of what a map leaves, with noise that grows with the misfit.
 
     Args:
         anchors_mm: (n, 3).
-        left_mm: (n, 3), displacements.
+        residual_mm: (n, 3), displacements.
         trust: (n,) weights.
         noise_mm: standard deviation of a trusted displacement.
 
     Returns:
         (n, 3): a point's displacement is its nearness to the anchors times this.
     """
-    alike = _nearness(anchors_mm, anchors_mm)
-    weight, pull = trust, np.zeros_like(left_mm)
+    covariance = _covariance(anchors_mm, anchors_mm)
+    weight, coefficients = trust, np.zeros_like(residual_mm)
     for _ in range(4):
         noise = np.diag(noise_mm**2 / np.maximum(weight, 1e-3))
-        pull = np.linalg.solve(alike + noise, left_mm)
-        off = np.linalg.norm(left_mm - alike @ pull, axis=1)
+        coefficients = np.linalg.solve(covariance + noise, residual_mm)
+        off = np.linalg.norm(residual_mm - covariance @ coefficients, axis=1)
         weight = trust / (1 + (off / 15.0) ** 2)
-    return pull
+    return coefficients
 
 
-def _nearness(points: Array, anchors: Array) -> Array:
+def _covariance(points: Array, anchors: Array) -> Array:
     """(N, n) covariances of the bending, mm^2."""
     squared = (points**2).sum(1)[:, None] + (anchors**2).sum(1) - 2 * points @ anchors.T
     near: Array = BEND_SIZE_MM**2 * np.exp(-np.maximum(squared, 0) / (2 * BEND_MM**2))

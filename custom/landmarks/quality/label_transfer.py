@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from custom.data.store.volume_store import VolumeStore
-from custom.landmarks.aligners.match import Aligner
-from custom.landmarks.quality.measures import Figures, Pair, ask
+from custom.landmarks.aligners.protocol import Aligner
+from custom.landmarks.quality.alignment_errors import Figures, Pair, query_aligner
 from custom.space import to_voxels, to_world
 
 
@@ -58,16 +58,16 @@ def label_transfer(
             rng = np.random.default_rng([seed, index, int(value)])
             inside_q = np.argwhere(label_q == value)
             points = to_world(store.affine(name_q), inside_q[rng.integers(len(inside_q), size=num_points)])
-            asked = ask(aligner, (name_q, name_k), points, seed)
-            off = distance_to_structure(label_k == value, store.affine(name_k), asked.points_mm)
-            answered = np.isfinite(asked.points_mm).all(axis=1)
+            answers = query_aligner(aligner, (name_q, name_k), points, seed)
+            off = distance_to_structure(label_k == value, store.affine(name_k), answers.points_mm)
+            answered = np.isfinite(answers.points_mm).all(axis=1)
             centre_k = to_world(store.affine(name_k), np.argwhere(label_k == value).mean(axis=0))
             # the points' own centroid differs from the structure's by chance: take that off
             chance = points.mean(axis=0) - to_world(store.affine(name_q), inside_q.mean(axis=0))
             centroid = np.array([math.inf])
             if answered.any():
                 centroid = np.array(
-                    [np.linalg.norm(asked.points_mm[answered].mean(axis=0) - chance - centre_k)]
+                    [np.linalg.norm(answers.points_mm[answered].mean(axis=0) - chance - centre_k)]
                 )
             for table, values in zip(found, ((off == 0).astype(float), off, centroid), strict=True):
                 table.setdefault(int(value), []).append(values)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from custom.data.grid.profiles import window
 from custom.data.store.volume_store import VolumeStore
-from custom.landmarks.aligners.match import Aligner
-from custom.landmarks.quality.measures import Pair, Row, ask, body_points, errors_mm
-from custom.landmarks.quality.truth import Truth
+from custom.landmarks.aligners.protocol import Aligner
+from custom.landmarks.quality.alignment_errors import Pair, Row, body_points, errors_mm, query_aligner
+from custom.landmarks.quality.ground_truth import Truth
 from custom.report import Page
 from custom.space import to_voxels
 
@@ -50,17 +50,17 @@ def alignment_page(
         _, points = next(iter(body_points(store, [pair], 1, seed + 1000 + number)))
         images = []
         for name, aligner in aligners.items():
-            asked = ask(aligner, pair, points, seed)
+            answers = query_aligner(aligner, pair, points, seed)
             back = (
-                ask(aligner, (pair[1], pair[0]), asked.points_mm, seed + 1)
-                if np.isfinite(asked.points_mm).all()
+                query_aligner(aligner, (pair[1], pair[0]), answers.points_mm, seed + 1)
+                if np.isfinite(answers.points_mm).all()
                 else None
             )
             cycle = errors_mm(back, points)[0] if back is not None else math.inf
-            caption = f"{name}: score {asked.scores[0]:.2f}{'' if asked.accepted[0] else ' (refused)'}, cycle error {cycle:.0f} mm"
+            caption = f"{name}: score {answers.scores[0]:.2f}{'' if answers.accepted[0] else ' (refused)'}, cycle error {cycle:.0f} mm"
             if truth is not None:
-                caption += f", error {errors_mm(asked, truth(pair[0], points, pair[1]))[0]:.0f} mm"
-            picture = pair_picture(store, pair, points[0], asked.points_mm[0])
+                caption += f", error {errors_mm(answers, truth(pair[0], points, pair[1]))[0]:.0f} mm"
+            picture = pair_picture(store, pair, points[0], answers.points_mm[0])
             matplotlib.image.imsave(out_dir / f"{number:02d}_{name}.png", picture)
             images.append((picture, caption))
         place = ", ".join(f"{value:.0f}" for value in points[0])

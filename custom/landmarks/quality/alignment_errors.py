@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from custom.data.store.volume_store import VolumeStore
-from custom.landmarks.aligners.match import Aligner
+from custom.landmarks.aligners.protocol import Aligner
+from custom.landmarks.quality.ground_truth import Truth, warp_truth
 from custom.landmarks.quality.known_warp import WARPED, Warp
-from custom.landmarks.quality.truth import Truth, warp_truth
 from custom.space import to_world
 
 Pair: TypeAlias = tuple[str, str]
@@ -57,7 +57,7 @@ STATISTICS: dict[str, Callable[[NDArray[np.float64]], Any]] = {
 }
 
 
-class Asked(NamedTuple):
+class Answers(NamedTuple):
     """What an aligner answered to points of one pair.
 
     Attributes:
@@ -71,19 +71,19 @@ class Asked(NamedTuple):
     accepted: NDArray[np.bool_]
 
 
-def ask(aligner: Aligner, pair: Pair, points_mm: NDArray[np.float64], seed: int = 0) -> Asked:
+def query_aligner(aligner: Aligner, pair: Pair, points_mm: NDArray[np.float64], seed: int = 0) -> Answers:
     """Match points (N, 3) of ``pair[0]`` in ``pair[1]``, one by one as pre-training does."""
     rng = np.random.default_rng(seed)
     matches = [aligner.align(pair[0], point, pair[1], rng) for point in points_mm]
     found = np.array([m.point_mm for m in matches], dtype=float).reshape(-1, 3)
     scores = np.array([m.score for m in matches], dtype=float)
-    return Asked(found, scores, (scores >= aligner.threshold) & np.isfinite(found).all(axis=1))
+    return Answers(found, scores, (scores >= aligner.threshold) & np.isfinite(found).all(axis=1))
 
 
-def errors_mm(asked: Asked, truth_mm: NDArray[np.float64]) -> NDArray[np.float64]:
+def errors_mm(answers: Answers, truth_mm: NDArray[np.float64]) -> NDArray[np.float64]:
     """Distances (N,); infinite where there was no answer at all, nan where there is no truth."""
-    distance = np.linalg.norm(asked.points_mm - truth_mm, axis=1)
-    unanswered = ~np.isfinite(asked.points_mm).all(axis=1)
+    distance = np.linalg.norm(answers.points_mm - truth_mm, axis=1)
+    unanswered = ~np.isfinite(answers.points_mm).all(axis=1)
     distance[unanswered] = np.inf
     distance[~np.isfinite(truth_mm).all(axis=1)] = np.nan
     return distance
@@ -103,7 +103,7 @@ def truth_error(
     """Distance of answers from the truth in mm, for points of the body, accepted or not."""
     by_pair = []
     for pair, points in body_points(store, pairs, num_points, seed):
-        by_pair.append(errors_mm(ask(aligner, pair, points, seed), truth(pair[0], points, pair[1])))
+        by_pair.append(errors_mm(query_aligner(aligner, pair, points, seed), truth(pair[0], points, pair[1])))
     return Figures(by_pair)
 
 
@@ -126,7 +126,7 @@ def landmark_error(
             points, truth = (
                 np.array([landmarks[name][mark] for mark in shared]) for name in (name_q, name_k)
             )
-            by_pair.append(errors_mm(ask(aligner, (name_q, name_k), points), truth))
+            by_pair.append(errors_mm(query_aligner(aligner, (name_q, name_k), points), truth))
     return Figures(by_pair)
 
 
@@ -136,11 +136,11 @@ def cycle_figures(
     """For points of the body: forward-backward error in mm, score, and whether it was accepted (1 or 0)."""
     cycles, scores, accepted = [], [], []
     for pair, points in body_points(store, pairs, num_points, seed):
-        there = ask(aligner, pair, points, seed)
+        there = query_aligner(aligner, pair, points, seed)
         cycle = np.full(len(points), np.inf)
         known = np.flatnonzero(np.isfinite(there.points_mm).all(axis=1))
         if len(known):
-            back = ask(aligner, (pair[1], pair[0]), there.points_mm[known], seed + 1)
+            back = query_aligner(aligner, (pair[1], pair[0]), there.points_mm[known], seed + 1)
             cycle[known] = errors_mm(back, points[known])
         cycles.append(cycle)
         scores.append(there.scores)

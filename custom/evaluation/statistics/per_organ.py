@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from custom.errors import AliceError
-from custom.evaluation.statistics.intervals import Interval, bootstrap_interval, holm, signed_rank_p
 from custom.evaluation.statistics.paired_rows import (
     Pair,
     Row,
@@ -22,6 +21,7 @@ from custom.evaluation.statistics.paired_rows import (
     run_counts,
     seeds_by_cases,
 )
+from custom.evaluation.statistics.significance import Interval, bootstrap_interval, holm, signed_rank_p
 
 OVERALL = "overall"
 

@@ -10,12 +10,10 @@ from numpy.typing import NDArray
 
 from custom.data.store.volume_store import VolumeStore
 from custom.errors import AliceError
-from custom.evaluation.scores.rows import write_rows
-from custom.landmarks.aligners.match import Aligner
+from custom.evaluation.scores.csv_rows import write_rows
+from custom.landmarks.aligners.protocol import Aligner
 from custom.landmarks.embeddings.embed import embed_store
-from custom.landmarks.quality.known_warp import write_warped
-from custom.landmarks.quality.label_transfer import label_transfer
-from custom.landmarks.quality.measures import (
+from custom.landmarks.quality.alignment_errors import (
     Figures,
     Pair,
     Row,
@@ -24,8 +22,10 @@ from custom.landmarks.quality.measures import (
     landmark_error,
     truth_error,
 )
+from custom.landmarks.quality.ground_truth import Truth, read_landmarks
+from custom.landmarks.quality.known_warp import write_warped
+from custom.landmarks.quality.label_transfer import label_transfer
 from custom.landmarks.quality.page import alignment_page
-from custom.landmarks.quality.truth import Truth, read_landmarks
 from custom.landmarks.sam.weights import load_sam_weights, read_sam_metadata
 
 

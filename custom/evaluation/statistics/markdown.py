@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from custom.evaluation.statistics.intervals import Interval
-from custom.evaluation.statistics.statistics import Comparison, Summary
+from custom.evaluation.statistics.per_organ import Comparison, Summary
+from custom.evaluation.statistics.significance import Interval
 
 METRIC_NAMES = {"dsc": "DSC", "nsd": "NSD", "hd95": "HD95 in mm"}
 COLUMNS = ("organ", "pairs", "mean A", "mean B", "B - A", "95 % interval", "p", "p (Holm)", "counted")

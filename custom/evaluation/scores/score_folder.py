@@ -27,8 +27,8 @@ from custom.evaluation.scores.case_files import (
 from custom.evaluation.scores.masks import label_map
 from custom.evaluation.scores.metrics import case_rows
 from custom.evaluation.scores.rules import BTCV, FLARE22, ScoringRule, plain_rule
-from custom.evaluation.statistics.statistics import summarise
-from custom.evaluation.statistics.tables import summary_markdown
+from custom.evaluation.statistics.markdown import summary_markdown
+from custom.evaluation.statistics.per_organ import summarise
 
 RULES = {"flare22": FLARE22, "btcv": BTCV}
 PLAIN_TOLERANCE_MM = 2.0  # between FLARE22's strictest organs and its usual ones (ours)
