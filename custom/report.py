@@ -1,4 +1,4 @@
-"""Pages to look at: one HTML file each with everything inline, for light, dark, paper and no network."""
+"""HTML reports: one file with everything inside, readable offline, in light and dark mode, and on paper."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from numpy.typing import ArrayLike
 from custom.errors import AliceError
 from custom.files import write_text
 
-# Told apart by most colour-blind eyes, and legible on both papers (ours).
+# Most colour-blind readers can tell these two apart (ours).
 COLOUR_A, COLOUR_B = "#3d84c6", "#e08a1e"
 _NUMBER_SIGNS = frozenset("0123456789.,;+-−–±×/%[]()<>≤≥~∞e ")
-_LARGEST_SVG = 1_500_000  # bytes; beyond it (clouds of points) a bitmap is lighter (ours)
+_LARGEST_SVG = 1_500_000  # bytes; a figure with very many points is smaller as a bitmap (ours)
 
 
 @dataclass
 class Page:
     """An HTML page under construction: call its methods in reading order, then :meth:`write`.
 
-    All text is escaped: markup comes from the template alone. Each method returns the page.
+    All text is escaped; markup comes only from the template. Each method returns the page.
     """
 
     title: str
@@ -86,7 +86,7 @@ class Page:
         return self._add("images", images=[image])
 
     def image(self, array: ArrayLike, caption: str = "", *, alt: str = "") -> Page:
-        """A picture: (H, W) grey or (H, W, 3) colours, as [0, 1] or uint8, the first row on top."""
+        """A picture: (H, W) grey or (H, W, 3) colours, in [0, 1] or uint8, first row at the top."""
         return self._add("images", images=[_photo(array, caption, alt)])
 
     def gallery(self, images: Sequence[tuple[ArrayLike, str]], caption: str = "") -> Page:
@@ -165,7 +165,7 @@ def _data_uri(kind: str, content: bytes) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value as readers want it: four digits of a number, a dash for nothing."""
+    """The text of a table's cell: numbers with four digits, a dash for None and nan."""
     if value is None:
         return "–"
     if isinstance(value, (bool, np.bool_)):

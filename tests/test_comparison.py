@@ -235,6 +235,6 @@ def test_comparison_page_has_figures_tables_and_worst_cases(tmp_path):
     assert len(elements.all("table")) == 2
     assert len(elements.all("img")) == 2 * 2 + 2
     assert all(image["alt"] for image in elements.all("img"))
-    assert page.sections == ["DSC", "HD95 in mm", "Worst cases", "How these numbers came about"]
+    assert page.sections == ["DSC", "HD95 in mm", "Worst cases", "How these numbers were computed"]
     assert "4 missed in B" in elements.words
     assert re.search(r"protocol\s*plain", elements.words)

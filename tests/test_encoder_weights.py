@@ -175,7 +175,7 @@ def test_input_channels_are_repeated_only_when_asked(saved):
 
 
 def test_weights_of_older_monai_without_or_with_cross_attention_load(saved, tmp_path):
-    """MONAI 1.3 lacks norm_cross_attn; 1.4 to 1.5 carry an unused cross_attn (spec, monai.md)."""
+    """MONAI 1.3 lacks norm_cross_attn; 1.4 to 1.5 carry an unused cross_attn."""
     net, path = saved
     state = load_file(path)
     save_file({k: v for k, v in state.items() if "cross_attn" not in k}, tmp_path / "v13.safetensors")
@@ -226,7 +226,7 @@ def test_altered_damaged_missing_and_foreign_files_are_refused(saved, tmp_path):
         read_weights(tmp_path / "iteration_00000001.pt")
     with pytest.raises(WeightsError, match=r"write to .safetensors or .pt"):
         save_encoder(tmp_path / "e.bin", encoder(), {})
-    with pytest.raises(WeightsError, match="Conv3d is no network"):
+    with pytest.raises(WeightsError, match="Conv3d is not a network"):
         load_encoder(torch.nn.Conv3d(1, 1, 1), path)
 
 

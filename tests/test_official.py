@@ -507,7 +507,7 @@ def test_files_of_another_kind_are_named_for_what_they_are(tmp_path, alice, sam)
     refused(meta, load_sam, "Meta's Segment Anything")
     refused(meta, load_alice_nnformer, "Meta's Segment Anything")
     other = {"encoder.conv.weight": torch.zeros(2), "b": torch.zeros(1)}
-    refused(other, load_sam, r"no SAM checkpoint.*first keys are encoder\.conv\.weight, b")
+    refused(other, load_sam, r"not a SAM checkpoint.*first keys are encoder\.conv\.weight, b")
     refused(other, load_alice_nnformer, r"first keys are encoder\.conv\.weight, b")
     refused({"epoch": 3}, load_sam, "holds no tensors; its keys are epoch")
     refused([torch.zeros(2)], load_sam, "holds a list")
@@ -527,7 +527,7 @@ def test_unreadable_files_are_named(tmp_path, sam):
         path = tmp_path / f"{what}.pth"
         path.write_bytes(data)
         for load in (load_sam, load_alice_nnformer):
-            with pytest.raises(ValueError, match=rf"{what}\.pth is no checkpoint that torch can read"):
+            with pytest.raises(ValueError, match=rf"{what}\.pth is not a checkpoint that torch can read"):
                 load(path)
 
 

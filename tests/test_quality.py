@@ -112,11 +112,11 @@ def test_figures_by_hand():
     assert np.isnan(Figures([]).row("sam", "error", "mean")["value"])
 
 
-@pytest.mark.parametrize("bend_mm", [8.0, 200.0])
-def test_a_warp_never_folds(bend_mm):
+@pytest.mark.parametrize("wave_mm", [8.0, 200.0])
+def test_a_warp_never_folds(wave_mm):
     grid = np.stack(np.meshgrid(*[np.arange(-150.0, 150, 11)] * 3, indexing="ij"), -1)
     for seed in range(4):
-        warp = draw_warp(np.random.default_rng(seed), np.zeros(3), bend_mm=bend_mm)
+        warp = draw_warp(np.random.default_rng(seed), np.zeros(3), wave_mm=wave_mm)
         slopes = [(warp(grid + 0.01 * step) - warp(grid)) / 0.01 for step in np.eye(3)]
         assert np.linalg.det(np.stack(slopes, -1)).min() > 0.05
         assert np.linalg.norm(warp(grid) - grid, axis=-1).mean() > 5
@@ -127,7 +127,7 @@ def test_a_deformed_scan_shows_what_lies_where_the_warp_leads():
     grid = to_world(affine, np.stack(np.meshgrid(*map(np.arange, (31, 29, 23)), indexing="ij"), -1))
     hu = np.rint(grid @ [3.0, 5.0, 7.0]).astype(np.int16)  # linear, so that interpolation is exact
     warp = draw_warp(
-        np.random.default_rng(0), np.array([30.0, 28, 33]), shift_mm=3.0, rotation_deg=3.0, bend_mm=2.0
+        np.random.default_rng(0), np.array([30.0, 28, 33]), shift_mm=3.0, rotation_deg=3.0, wave_mm=2.0
     )
     deformed = deform(hu, affine, warp)[10:20, 10:20, 8:15]
     np.testing.assert_allclose(deformed, warp(grid[10:20, 10:20, 8:15]) @ [3.0, 5.0, 7.0], atol=1.1)

@@ -12,10 +12,10 @@ from scipy import ndimage
 from custom.errors import AliceError
 from custom.evaluation.scores.masks import checked_spacing, cropped_pair, mask_pair
 
-# The surface inside a cube of 2 x 2 x 2 voxel centres, from the table of DeepMind's surface-distance (marching cubes;
-# MONAI has the same): up to four triangles, named by their place in _NORMALS, for each of the codes 0 to 127. A cube
-# and its complement, code 255 - c, have the same surface. The length of a normal is its triangle's area; signs do not
-# matter.
+# The surface inside a cube of 2 x 2 x 2 voxel centres, from the table of DeepMind's surface-distance
+# (marching cubes; MONAI has the same): up to four triangles, named by their place in _NORMALS, for each of
+# the codes 0 to 127. A cube and its complement, code 255 - c, have the same surface. The length of a normal
+# is its triangle's area; signs do not matter.
 _NORMALS = [
     (0, 0, 0), (1, 1, 1), (2, 2, 0), (2, 0, 2), (0, 2, 2), (4, 0, 0), (0, 4, 0), (0, 0, 4), (2, 2, 2), (3, 3, 3),
 ]  # of |x|, |y|, |z| in eighths of a voxel's face  # fmt: skip
@@ -29,10 +29,11 @@ _TRIANGLES = (
 
 
 def nsd(prediction: ArrayLike, reference: ArrayLike, spacing: Sequence[float], tolerance_mm: float) -> float:
-    """Normalised surface Dice as DeepMind's surface-distance defines it, with nothing of FLARE22's rules.
+    """Normalised surface Dice as DeepMind's surface-distance defines it, without FLARE22's rules.
 
-    Surface elements sit between voxels and weigh their area (marching cubes on 2x2x2 neighbourhoods); the
-    outside of the volume is background, so an organ cut by the volume's border has a surface there.
+    Surface elements lie between voxels and are weighted by their area (marching cubes on 2x2x2
+    neighbourhoods). The outside of the volume is background, so an organ that touches the volume's border has
+    a surface there.
 
     Args:
         prediction: bool (X, Y, Z), or integers 0 and 1.

@@ -1,4 +1,4 @@
-"""Who trains and who is held back: seeded folds and few-shot subsets, always by whole patients."""
+"""Seeded folds and few-shot subsets; the scans of a patient always stay together."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def few_shot_order(records: Sequence[Record], seed: int = 0) -> list[str]:
 
 
 def _shuffled_patients(records: Sequence[Mapping[str, Any]], salt: str) -> list[str]:
-    """Each patient once, in an order that only names and salt decide: that of their sha256."""
+    """Each patient once, sorted by sha256 of salt and name, so that nothing else decides the order."""
     patients = {_patient(record, index) for index, record in enumerate(records)}
     return sorted(patients, key=lambda patient: hashlib.sha256(f"{salt}\0{patient}".encode()).digest())
 
 
 def _records_of(patients: Sequence[str], records: Sequence[Record]) -> list[Record]:
-    """The records of these patients; sorted, so that the list's own order leaves no trace."""
+    """The records of these patients; sorted, so that the order of the list does not matter."""
     chosen = set(patients)
     kept = [record for index, record in enumerate(records) if _patient(record, index) in chosen]
     return sorted(

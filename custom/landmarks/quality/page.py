@@ -30,7 +30,7 @@ def alignment_page(
     pictures: int = 6,
     seed: int = 0,
 ) -> Page:
-    """The page of ``alice check-alignment``: the table, then matched points; writes the pictures as PNG, too."""
+    """The page of ``alice check-alignment``: the table, then matched points. Also writes the pictures as PNG."""
     page = Page(
         "Alignment", f"{len(pairs)} pairs of scans from {store.path}, the same points for every aligner."
     )
@@ -38,8 +38,8 @@ def alignment_page(
     page.section("Figures").table(
         headers,
         cells,
-        "Value and 95 % interval (pairs drawn with replacement; none from fewer than three). A point without an answer counts as an "
-        "infinite error. Acceptance is by each aligner's own score.",
+        "Value and 95 % interval (pairs drawn with replacement; none with fewer than three). A point without an answer counts as an "
+        "infinite error. Each aligner accepts points by its own score.",
     )
     page.section("Matched points").text(
         "Above the query, below the key: axial, coronal and sagittal planes through the point, patient's right on the "
@@ -69,7 +69,7 @@ def alignment_page(
 
 
 def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headers and lines with one column per aligner: value and interval."""
+    """Headers and lines of the table, with one column for each aligner: value and interval."""
     names = list(dict.fromkeys(row["aligner"] for row in rows))
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
@@ -86,7 +86,7 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 def pair_picture(
     store: VolumeStore, pair: Pair, point_q: NDArray[np.float64], point_k: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Three planes of the query above three of the key, the point crossed, in [0, 1] (H, W, 3)."""
+    """Three planes of the query above three of the key, in [0, 1] (H, W, 3), with a cross at the point."""
     return np.concatenate([planes(store, pair[0], point_q), planes(store, pair[1], point_k)], axis=0)
 
 
