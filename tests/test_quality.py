@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import REPO
 
-from custom.cli import main as cli
+from custom.cli import landmarks as cli
 from custom.data.phantom.cohort import write_cohort
 from custom.data.store.build import build_store
 from custom.data.store.volume_store import VolumeStore

@@ -24,9 +24,8 @@ class FeatureMap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, 1, X, Y, Z) -> (B, C, gx, gy, gz), one token per patch."""
         found = self.tokens(x)
-        return found.tokens.transpose(1, 2).unflatten(
-            2, found.grid
-        )  # no len(x): a trace would fix the batch size
+        # no len(x): a trace would fix the batch size
+        return found.tokens.transpose(1, 2).unflatten(2, found.grid)
 
     def with_weights(self, state: dict[str, Tensor]) -> FeatureMap:
         """Fill the encoder strictly; returns itself, so that a config can chain the call."""

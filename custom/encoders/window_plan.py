@@ -157,9 +157,7 @@ def dense_plan_on(
     device: torch.device, sides: tuple[int, ...], patch_size: int, window_size: tuple[int, ...]
 ) -> SwinPlan:
     """:func:`dense_plan`, kept on ``device``."""
-    with torch.inference_mode(
-        False
-    ):  # otherwise a plan made in inference mode could not be used for training
+    with torch.inference_mode(False):  # else a plan made for inference would be useless in training
         return dense_plan(sides, patch_size, window_size).to(device)
 
 

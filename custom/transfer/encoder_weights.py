@@ -319,9 +319,7 @@ def _unlike_settings(network: nn.Module, settings: dict[str, Any]) -> list[str]:
 
 def _merging_of(swin: SwinTransformer) -> str:
     merging = swin.layers1[0].downsample
-    if isinstance(
-        merging, PatchMerging
-    ):  # a subclass of PatchMergingV2; only the order of the octants differs
+    if isinstance(merging, PatchMerging):  # a subclass of the next, with another order of octants
         return "merging"
     return "mergingv2" if isinstance(merging, PatchMergingV2) else type(merging).__name__
 

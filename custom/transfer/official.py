@@ -80,9 +80,7 @@ def load_sam(path: str | PathLike[str]) -> SAM:
     """
     model = SAM()
     weights = _read_sam(path, model)
-    model.load_state_dict(
-        weights.state, strict=False
-    )  # only counters may be missing; _read_sam refuses the rest
+    model.load_state_dict(weights.state, strict=False)  # only counters may be missing: see _read_sam
     _log(path, weights)
     model.eval().weights_sha256 = sha256_of_file(path)
     return model

@@ -49,9 +49,7 @@ def possible_cases(path: Path) -> list[str]:
     names = [stem(path)]
     while (shorter := _POSTFIX.sub("", names[-1])) != names[-1]:
         names.append(shorter)
-    names += [
-        _IMAGE_TAIL.sub("", name) for name in names
-    ]  # late, since the number of a case may be 0000 itself
+    names += [_IMAGE_TAIL.sub("", name) for name in names]  # late, since a case may be called 0000 itself
     names += [_PREFIX.sub("", name) for name in names]
     return list(dict.fromkeys(name for name in names if name))
 

@@ -51,7 +51,7 @@ FLARE22 = ScoringRule(
     least_dsc_for_nsd=0.2,
     decimals=4,
 )
-# The UNETR and Swin UNETR repositories compute DSC so: an organ that is absent from the reference scores 0.
+# The UNETR and Swin UNETR repositories score an organ that is absent from the reference 0.
 # BTCV defines no NSD: the tolerances are FLARE22's for the same organ, 2 mm for the veins (ours).
 BTCV = ScoringRule(
     name="BTCV",

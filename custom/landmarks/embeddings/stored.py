@@ -163,9 +163,8 @@ class StoredEmbedding:
             return (vectors @ vector) / row_lengths(vectors)
         total = np.full(int(np.prod(self.grid)), -1.0, np.float32)
         inside = np.flatnonzero(self.body.reshape(-1))
-        for some in np.array_split(
-            inside, -(-len(inside) // 16384)
-        ):  # to bound the memory of unpacked vectors
+        # in parts, to bound the memory of unpacked vectors
+        for some in np.array_split(inside, -(-len(inside) // 16384)):
             total[some] = self._fine_dot(some, vector)
         return total
 

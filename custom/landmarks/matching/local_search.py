@@ -21,9 +21,7 @@ from custom.landmarks.sam.scan_grid import cell_to_world, world_to_cell
 
 Array = NDArray[Any]
 
-FINE_SHARE = (
-    0.75  # weight of fine similarity among near cells (ours; a search of the whole scan uses one half)
-)
+FINE_SHARE = 0.75  # weight of fine similarity among near cells (ours; one half in a search of the whole scan)
 SHARPNESS = 0.026  # this difference of similarity counts as much as one standard deviation of distance (ours)
 NEAR_MM = 6.0  # standard deviation of a point's distance from its expected place (ours)
 REACH_MM = 20.0  # how far from its expected place a point is searched (ours)

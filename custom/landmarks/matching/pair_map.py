@@ -156,9 +156,8 @@ def robust_affine(points_q: Array, points_k: Array, trust: Array) -> tuple[Array
     shift = points_k - points_q
     typical = np.median(shift[trust >= np.median(trust)], axis=0)
     weight = trust / (1 + (np.linalg.norm(shift - typical, axis=1) / 60.0) ** 2)
-    held = 200.0 * np.eye(
-        3
-    )  # mm^2: pulls towards the identity, as if points spread 14 mm wider unchanged (ours)
+    # mm^2: pulls towards the identity, as if points that do not move spread 14 mm wider (ours)
+    held = 200.0 * np.eye(3)
     matrix, middle_q, middle_k = np.eye(3), points_q.mean(axis=0), points_k.mean(axis=0)
     for _ in range(30):
         share = weight / weight.sum()
