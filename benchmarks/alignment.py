@@ -21,13 +21,13 @@ import numpy as np
 from custom.data.store.build import build_store
 from custom.data.store.volume_store import VolumeStore
 from custom.landmarks.aligners.make import make_aligner
-from custom.landmarks.aligners.match import Aligner
+from custom.landmarks.aligners.protocol import Aligner
 from custom.landmarks.embeddings.embed import embed_store
-from custom.landmarks.quality.check import draw_pairs
+from custom.landmarks.quality.alignment_errors import Figures, Row, known_warp, query_aligner, truth_error
+from custom.landmarks.quality.check_alignment import draw_pairs
+from custom.landmarks.quality.ground_truth import phantom_truth
 from custom.landmarks.quality.known_warp import Warp, write_warped
 from custom.landmarks.quality.label_transfer import label_transfer
-from custom.landmarks.quality.measures import Figures, Row, ask, known_warp, truth_error
-from custom.landmarks.quality.truth import phantom_truth
 from custom.landmarks.sam.weights import load_sam_weights, read_sam_metadata
 from custom.space import to_world
 
@@ -146,19 +146,19 @@ def wrong_side(
             continue
         voxels = np.argwhere(label_q == own)
         rng = np.random.default_rng([index, own])
-        asked = ask(
+        answers = query_aligner(
             aligner,
             (scan_q, scan_k),
             to_world(store.affine(scan_q), voxels[rng.integers(len(voxels), size=points)]),
         )
         own_mm, other_mm = (
             np.linalg.norm(
-                asked.points_mm - to_world(store.affine(scan_k), np.argwhere(label_k == v).mean(axis=0)),
+                answers.points_mm - to_world(store.affine(scan_k), np.argwhere(label_k == v).mean(axis=0)),
                 axis=1,
             )
             for v in (own, other)
         )
-        found.append(np.where(np.isfinite(asked.points_mm).all(axis=1), other_mm < own_mm, np.nan))
+        found.append(np.where(np.isfinite(answers.points_mm).all(axis=1), other_mm < own_mm, np.nan))
     return Figures(found)
 
 

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from custom.cli.weights import export
 from custom.data.scans import Scan, list_scans
-from custom.evaluation.scores.rows import write_rows
-from custom.evaluation.scores.scoring import plain_rule, score_folder
+from custom.evaluation.scores.csv_rows import write_rows
+from custom.evaluation.scores.score_folder import plain_rule, score_folder
 from custom.evaluation.splits.datalists import case_name
 from custom.files import write_text
 

@@ -19,8 +19,8 @@ from few_shot_plan import Labelled, Plan, labelled_name, read_plan, runs_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from custom.evaluation.scores.rows import read_rows, write_rows
-from custom.evaluation.statistics.statistics import OVERALL, Comparison, compare, summarise
+from custom.evaluation.scores.csv_rows import read_rows, write_rows
+from custom.evaluation.statistics.per_organ import OVERALL, Comparison, compare, summarise
 from custom.files import write_text
 
 Rows = list[dict[str, Any]]

@@ -35,7 +35,7 @@ from custom.engine.schedules import decay_groups
 from custom.engine.trainer import PretrainTrainer, Schedule
 from custom.evaluation.probe import EncoderProbe
 from custom.landmarks.aligners.make import make_aligner
-from custom.landmarks.aligners.match import Match
+from custom.landmarks.aligners.protocol import Match
 from custom.methods.alice.branch import StudentBranch
 from custom.methods.alice.losses import AliceLoss
 from custom.methods.alice.method import Alice

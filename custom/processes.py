@@ -1,4 +1,4 @@
-"""Talk between the processes of one run; the identity when there is only one."""
+"""Small helpers for distributed runs; they do nothing in a single process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LET_GO_S = 1.0
+LEAVE_PAUSE_S = 1.0
 
 
 def _many() -> bool:
@@ -54,7 +54,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def first_process_says(number: int, device: torch.device) -> int:
-    """The first process's number, on every process."""
+    """Give every process the number of the first one."""
     if not _many():
         return number
     value = torch.tensor(number, device=device)
@@ -63,7 +63,7 @@ def first_process_says(number: int, device: torch.device) -> int:
 
 
 def names_of_all(names: list[str]) -> list[str]:
-    """Names of all processes, each once, in order."""
+    """The names that all processes hold together, each once, sorted."""
     if not _many():
         return sorted(set(names))
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
@@ -72,21 +72,22 @@ def names_of_all(names: list[str]) -> list[str]:
 
 
 def wait_for_all() -> None:
-    """A barrier."""
+    """Wait until every process has come this far (a barrier)."""
     if _many():
         dist.barrier()
 
 
 def leave() -> None:
-    """End the talk; the last call of a process that is about to exit.
+    """Leave the group of processes; the last call before a process exits.
 
-    Gloo's threads drop the tensors of an exchange only after they have reported it done, and need Python for it: one that
-    comes to it while Python is shutting down aborts the process (pytorch issue 190489), and torchrun then fails the whole
-    run. On a busy machine that happens; a second's sleep lets them finish first.
+    Gloo's threads release the tensors of an exchange after they have reported it as done, and they need
+    Python for that. If Python is already shutting down, the process aborts (pytorch issue 190489), and
+    torchrun fails the whole run. This happens on busy machines. A pause of one second lets the threads
+    finish.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
     gloo = "gloo" in dist.get_backend()
     dist.destroy_process_group()
     if gloo:
-        time.sleep(LET_GO_S)
+        time.sleep(LEAVE_PAUSE_S)

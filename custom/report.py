@@ -1,4 +1,4 @@
-"""Pages to look at: one HTML file each with everything inline, for light, dark, paper and no network."""
+"""HTML reports: one file with everything inside, readable offline, in light and dark mode, and on paper."""
 
 from __future__ import annotations
 
@@ -14,32 +14,26 @@ from typing import Any
 
 import jinja2
 import matplotlib
-import matplotlib.colors
 import matplotlib.image
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
-from matplotlib.lines import Line2D
-from matplotlib.spines import Spine
-from matplotlib.text import Text
 from numpy.typing import ArrayLike
 
 from custom.errors import AliceError
 from custom.files import write_text
 
-# Told apart by most colour-blind eyes, and legible on both papers (ours).
+# Most colour-blind readers can tell these two apart (ours).
 COLOUR_A, COLOUR_B = "#3d84c6", "#e08a1e"
-_DARK_INK = "#e4e8ee"  # --ink of the template's dark half
 _NUMBER_SIGNS = frozenset("0123456789.,;+-−–±×/%[]()<>≤≥~∞e ")
-_LARGEST_SVG = 1_500_000  # bytes; beyond it (clouds of points) a bitmap is lighter (ours)
+_LARGEST_SVG = 1_500_000  # bytes; a figure with very many points is smaller as a bitmap (ours)
 
 
 @dataclass
 class Page:
     """An HTML page under construction: call its methods in reading order, then :meth:`write`.
 
-    All text is escaped: markup comes from the template alone. Each method returns the page.
+    All text is escaped; markup comes only from the template. Each method returns the page.
     """
 
     title: str
@@ -80,19 +74,19 @@ class Page:
         return self._add("table", headers=headers, rows=cells, numeric=numeric, caption=caption)
 
     def figure(self, figure: Figure, caption: str = "", *, alt: str = "") -> Page:
-        """A matplotlib figure, drawn once for light and once for dark paper.
+        """A matplotlib figure on a white card, on light and on dark pages alike.
 
         Args:
-            figure: made by ``Figure(...)``, not pyplot. What is black in it turns light on dark paper.
+            figure: made by ``Figure(...)``, not pyplot.
             caption: shown below.
-            alt: what a reader who cannot see it should know; the caption if empty.
+            alt: describes the figure for readers who cannot see it; the caption if empty.
         """
-        light, dark = _drawn(figure), _drawn(figure, ink=_DARK_INK)
-        image = {"light": light, "dark": dark, "caption": caption, "alt": alt or caption or "Figure"}
+        alt = alt or caption or "Figure"
+        image = {"kind": "card", "src": _drawn(figure), "caption": caption, "alt": alt, "width": None}
         return self._add("images", images=[image])
 
     def image(self, array: ArrayLike, caption: str = "", *, alt: str = "") -> Page:
-        """A picture: (H, W) grey or (H, W, 3) colours, as [0, 1] or uint8, the first row on top."""
+        """A picture: (H, W) grey or (H, W, 3) colours, in [0, 1] or uint8, first row at the top."""
         return self._add("images", images=[_photo(array, caption, alt)])
 
     def gallery(self, images: Sequence[tuple[ArrayLike, str]], caption: str = "") -> Page:
@@ -126,53 +120,17 @@ class Page:
 # -- pictures and cells -----------------------------------------------------------------------------
 
 
-def _drawn(figure: Figure, ink: str | None = None) -> str:
-    """The figure as a data URI on transparent paper; with ``ink``, what is black has that colour."""
+def _drawn(figure: Figure) -> str:
+    """The figure as a data URI: an SVG, or a PNG where that would be very large."""
     FigureCanvasAgg(figure)
-    restored = _reinked(figure, ink) if ink else []
     buffer = io.BytesIO()
-    try:
-        with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "alice"}):
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-            if buffer.tell() <= _LARGEST_SVG:
-                return _data_uri("image/svg+xml", buffer.getvalue())
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", transparent=True, dpi=180)
-            return _data_uri("image/png", buffer.getvalue())
-    finally:
-        for set_colour, colour in restored:
-            set_colour(colour)
-
-
-def _reinked(figure: Figure, ink: str) -> list[tuple[Any, Any]]:
-    """Give black texts, axes and lines another colour, and legends no paper; returns how to undo it."""
-    restored: list[tuple[Any, Any]] = []
-
-    def recolour(set_colour: Any, colour: Any, new: str) -> None:
-        restored.append((set_colour, colour))
-        set_colour(new)
-
-    def black(colour: Any) -> bool:
-        *rgb, alpha = matplotlib.colors.to_rgba(colour)
-        return rgb == [0, 0, 0] and alpha > 0
-
-    figure.canvas.draw()  # ticks exist only once drawn
-    for artist in figure.findobj():
-        if isinstance(artist, Spine) and black(artist.get_edgecolor()):
-            recolour(artist.set_edgecolor, artist.get_edgecolor(), ink)
-        elif isinstance(artist, Text) and black(artist.get_color()):
-            recolour(artist.set_color, artist.get_color(), ink)
-        elif isinstance(artist, Line2D):  # tick marks are lines with markers
-            if black(artist.get_markeredgecolor()):
-                recolour(artist.set_markeredgecolor, artist.get_markeredgecolor(), ink)
-            if black(artist.get_markerfacecolor()):
-                recolour(artist.set_markerfacecolor, artist.get_markerfacecolor(), ink)
-            if black(artist.get_color()):
-                recolour(artist.set_color, artist.get_color(), ink)
-        elif isinstance(artist, Legend):
-            frame = artist.get_frame()
-            recolour(frame.set_facecolor, frame.get_facecolor(), "none")
-    return restored
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "alice"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    if buffer.tell() <= _LARGEST_SVG:
+        return _data_uri("image/svg+xml", buffer.getvalue())
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=180)
+    return _data_uri("image/png", buffer.getvalue())
 
 
 def _photo(array: ArrayLike, caption: str, alt: str) -> dict[str, Any]:
@@ -194,8 +152,8 @@ def _photo(array: ArrayLike, caption: str, alt: str) -> dict[str, Any]:
     width = max(pixels.shape[1], 384)  # small crops are enlarged
     uri = _data_uri("image/png", buffer.getvalue())
     return {
-        "light": uri,
-        "dark": None,
+        "kind": "photo",
+        "src": uri,
         "caption": caption,
         "alt": alt or caption or "Picture",
         "width": width,
@@ -207,7 +165,7 @@ def _data_uri(kind: str, content: bytes) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value as readers want it: four digits of a number, a dash for nothing."""
+    """The text of a table's cell: numbers with four digits, a dash for None and nan."""
     if value is None:
         return "–"
     if isinstance(value, (bool, np.bool_)):

@@ -1,4 +1,4 @@
-"""Points between voxels and world millimetres."""
+"""Convert points between voxel coordinates and world millimetres."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from custom.data.store.volume_store import VolumeStore
 from custom.engine.loader import sample_loader
 from custom.landmarks.aligners.affine import register_affine
 from custom.landmarks.aligners.make import make_aligner
-from custom.landmarks.aligners.match import Aligner
+from custom.landmarks.aligners.protocol import Aligner
 from custom.landmarks.aligners.sam import SamAligner, calibrate_threshold
 from custom.landmarks.aligners.simple import CoordinateAligner
 from custom.landmarks.embeddings.embed import embed_store

@@ -13,11 +13,11 @@ from custom.evaluation.compare.overlays import Overlay
 from custom.evaluation.compare.page import comparison_page
 from custom.evaluation.compare.run_files import read_run
 from custom.evaluation.compare.worst_cases import Pictures, worst_overlays
+from custom.evaluation.scores.csv_rows import write_rows
 from custom.evaluation.scores.metrics import case_rows
-from custom.evaluation.scores.rows import write_rows
 from custom.evaluation.scores.rules import plain_rule
-from custom.evaluation.scores.scoring import score_folder
-from custom.evaluation.statistics.statistics import compare
+from custom.evaluation.scores.score_folder import score_folder
+from custom.evaluation.statistics.per_organ import compare
 
 TWO = plain_rule(("liver", "spleen"), 2.0)
 
@@ -235,6 +235,6 @@ def test_comparison_page_has_figures_tables_and_worst_cases(tmp_path):
     assert len(elements.all("table")) == 2
     assert len(elements.all("img")) == 2 * 2 + 2
     assert all(image["alt"] for image in elements.all("img"))
-    assert page.sections == ["DSC", "HD95 in mm", "Worst cases", "How these numbers came about"]
+    assert page.sections == ["DSC", "HD95 in mm", "Worst cases", "How these numbers were computed"]
     assert "4 missed in B" in elements.words
     assert re.search(r"protocol\s*plain", elements.words)

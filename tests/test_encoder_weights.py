@@ -1,6 +1,9 @@
+import hashlib
+import struct
+
 import pytest
 import torch
-from conftest import TINY_VIT
+from conftest import REPO, TINY_VIT
 from monai.networks.nets import UNETR, SwinUNETR, ViT, ViTAutoEnc
 from safetensors.torch import load_file, save_file
 
@@ -13,6 +16,7 @@ from custom.transfer.encoder_weights import (
     load_encoder,
     read_weights,
     save_encoder,
+    sha256_of,
 )
 
 SIZE = (32, 48, 16)
@@ -53,6 +57,22 @@ def test_stock_unetr_is_filled_whole_and_gives_the_same_features(saved, capsys):
     used = {k for k in unetr.vit.state_dict() if "cross_attn" not in k}
     assert set(report.loaded) == used
     assert "(100%)" in capsys.readouterr().out and report.metadata["spacing"] == [1.5, 1.5, 2.0]
+
+
+def test_the_checksum_is_of_names_shapes_types_and_bytes():
+    state = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor(7), "c": torch.arange(3).bfloat16()}
+    digest = hashlib.sha256(b"a()torch.int64" + struct.pack("<q", 7))
+    digest.update(b"b(2, 3)torch.float32" + struct.pack("<6f", *range(6)))
+    digest.update(b"c(3,)torch.bfloat16" + b"\x00\x00\x80\x3f\x00\x40")
+    assert sha256_of(state) == digest.hexdigest()
+    odd = torch.arange(32).half().as_strided((32, 1), (1, 32))  # contiguous, yet its last stride is 32
+    assert sha256_of({"a": odd}) == sha256_of({"a": torch.arange(32).half().view(32, 1)})
+
+
+def test_what_is_shipped_agrees_with_its_checksum():
+    path = REPO / "bundles" / "alice_pretrain" / "models" / "model.pt"
+    state, metadata = read_weights(path)
+    assert metadata["sha256"] == sha256_of(state)
 
 
 def test_the_exported_file_loads_strictly_into_monais_vit(saved):
@@ -155,7 +175,7 @@ def test_input_channels_are_repeated_only_when_asked(saved):
 
 
 def test_weights_of_older_monai_without_or_with_cross_attention_load(saved, tmp_path):
-    """MONAI 1.3 lacks norm_cross_attn; 1.4 to 1.5 carry an unused cross_attn (spec, monai.md)."""
+    """MONAI 1.3 lacks norm_cross_attn; 1.4 to 1.5 carry an unused cross_attn."""
     net, path = saved
     state = load_file(path)
     save_file({k: v for k, v in state.items() if "cross_attn" not in k}, tmp_path / "v13.safetensors")
@@ -206,7 +226,7 @@ def test_altered_damaged_missing_and_foreign_files_are_refused(saved, tmp_path):
         read_weights(tmp_path / "iteration_00000001.pt")
     with pytest.raises(WeightsError, match=r"write to .safetensors or .pt"):
         save_encoder(tmp_path / "e.bin", encoder(), {})
-    with pytest.raises(WeightsError, match="Conv3d is no network"):
+    with pytest.raises(WeightsError, match="Conv3d is not a network"):
         load_encoder(torch.nn.Conv3d(1, 1, 1), path)
 
 

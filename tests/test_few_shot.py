@@ -11,7 +11,7 @@ from conftest import REPO
 from monai.bundle import ConfigParser
 
 from custom.bundles.preflight import check_keys
-from custom.evaluation.scores.rows import write_rows
+from custom.evaluation.scores.csv_rows import write_rows
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 import few_shot

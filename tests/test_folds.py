@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from custom.evaluation.splits.folds import few_shot, split_folds, train_and_held_back
+from custom.evaluation.splits.folds import few_shot, split_folds
 
 RECORDS = [
     {"patient": f"p{index // 2:02d}", "image": f"scan{index:02d}.nii.gz"} for index in range(46)
@@ -20,15 +20,7 @@ def test_every_patient_is_held_back_once_with_all_scans():
         record["image"] for record in RECORDS
     ]
     assert sorted(len(patients(fold)) for fold in folds) == [4, 4, 5, 5, 5]
-    assert sum(len(patients(fold)) for fold in folds) == 23
-
-
-def test_no_patient_is_on_both_sides():
-    for fold in range(5):
-        train, held_back = train_and_held_back(RECORDS, fold)
-        assert not patients(train) & patients(held_back)
-        assert len(train) + len(held_back) == 46
-        assert held_back == split_folds(RECORDS)[fold]
+    assert set.union(*map(patients, folds)) == patients(RECORDS)  # 4 + 4 + 5 + 5 + 5 of 23: nobody twice
 
 
 @settings(deadline=None)
@@ -36,7 +28,6 @@ def test_no_patient_is_on_both_sides():
 def test_order_of_the_list_does_not_matter(shuffled, seed):
     assert split_folds(shuffled, 4, seed) == split_folds(RECORDS, 4, seed)
     assert few_shot(shuffled, 5, seed) == few_shot(RECORDS, 5, seed)
-    assert train_and_held_back(shuffled, 1, 4, seed) == train_and_held_back(RECORDS, 1, 4, seed)
 
 
 def test_another_seed_is_another_deal():
@@ -77,12 +68,6 @@ def test_amounts_out_of_range_are_refused(amount):
 def test_ten_percent_written_as_ten_is_explained():
     with pytest.raises(ValueError, match=r"got 10.0; 10 % is 0.1, ten patients are 10"):
         few_shot(RECORDS, 10.0)
-
-
-@pytest.mark.parametrize("fold", [-1, 5, 1.0, True])
-def test_folds_out_of_range_are_refused(fold):
-    with pytest.raises(ValueError, match="counted 0 to 4"):
-        train_and_held_back(RECORDS, fold)
 
 
 def test_impossible_deals_are_refused():

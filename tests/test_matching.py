@@ -11,7 +11,6 @@ from custom.landmarks.embeddings.embedding_map import coarse_vectors, inside_gri
 from custom.landmarks.matching.points import cycle_error, match_points
 from custom.landmarks.matching.search import upsample
 from custom.landmarks.sam.scan_grid import ScanEmbedding, cell_to_world
-from custom.landmarks.structural import carry_across, structural_match
 
 SHAPE = (59, 47, 43)  # voxels x, y, z of the 2 mm grid; 43 slices leave the last without a cell
 
@@ -183,8 +182,6 @@ def test_arguments_that_cannot_be_meant_are_refused():
     narrow = ScanEmbedding(embedding.fine[:16], embedding.coarse[:16], embedding.affine, embedding.shape)
     with pytest.raises(ValueError, match="32 and 16"):
         match_points(points_inside(1), embedding, narrow)
-    with pytest.raises(ValueError, match="half_steps"):
-        structural_match(points_inside(1), embedding, embedding, half_steps=3)
 
 
 def test_what_was_prepared_goes_with_its_embedding():
@@ -195,58 +192,3 @@ def test_what_was_prepared_goes_with_its_embedding():
     assert len(searchable._prepared) == before + 1
     del embedding
     assert len(searchable._prepared) == before
-
-
-# -- structural inference ------------------------------------------------------------------------------------
-
-
-def test_structural_matching_finds_a_shift():
-    shift = np.array([8.0, -4.0, 4.0])
-    points = points_inside(3, margin=16)
-    found = structural_match(points, structured(), structured(shift), reach=1)
-    assert (found.support >= 4).all()
-    assert np.linalg.norm(found.points_mm - points - shift, axis=1).max() < 2.0
-
-
-def test_without_survivors_the_plain_match_stands_in():
-    scan_q, scan_k = structured(noise=0.3), structured((8.0, 0.0, 0.0), noise=0.3)
-    points = points_inside(2, margin=14)
-    found = structural_match(
-        points, scan_q, scan_k, reach=1, min_score=1.3
-    )  # the authors' leftover threshold
-    plain = match_points(points, scan_q, scan_k, method="fast")
-    assert (found.support == 0).all()
-    np.testing.assert_array_equal(found.points_mm, plain.points_mm)
-
-
-def test_structural_matching_refuses_a_point_outside():
-    found = structural_match(np.full((1, 3), 999.0), structured(), structured(), reach=1)
-    assert np.isnan(found.points_mm).all()
-    assert found.scores[0] == -1
-
-
-def test_fewer_than_four_pairs_give_their_mean_displacement():
-    queries = np.array([[0.0, 0, 0], [10, 0, 0], [0, 10, 0]])
-    keys = queries * 1.2 + [5, 6, 7]  # the map stretches, but three pairs do not show it
-    expected = np.array([1.0, 1, 1]) + (keys - queries).mean(axis=0)
-    np.testing.assert_allclose(carry_across(np.array([1.0, 1, 1]), queries, keys), expected)
-
-
-def test_pairs_in_one_slice_keep_lengths_across_it():
-    rng = np.random.default_rng(0)
-    queries = rng.uniform(-20, 20, (30, 3))
-    queries[:, 2] = 4.0
-    keys = queries * [1.5, 0.5, 1.0] + [3, 2, 1]
-    point = np.array([2.0, -6.0, 9.0])
-    np.testing.assert_allclose(carry_across(point, queries, keys), [2 * 1.5 + 3, -3 + 2, 9 + 1], atol=1e-6)
-
-
-def test_a_linear_map_is_recovered_in_spite_of_outliers():
-    rng = np.random.default_rng(1)
-    queries = rng.uniform(-20, 20, (60, 3))
-    matrix = np.eye(3) + rng.normal(0, 0.2, (3, 3))
-    keys = queries @ matrix.T + [10, -20, 30]
-    keys[:5] += 150.0
-    point = np.array([3.0, 4.0, 5.0])
-    off = carry_across(point, queries, keys) - (matrix @ point + [10, -20, 30])
-    assert np.linalg.norm(off) < 1.5  # least squares: 12 mm

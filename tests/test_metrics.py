@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from monai.metrics.utils import create_table_neighbour_code_to_surface_area
 
 from custom import files
-from custom.evaluation.scores.metrics import btcv_scores, case_rows, dice, flare_scores, hd95, nsd
-from custom.evaluation.scores.rows import read_rows, write_rows
-from custom.evaluation.scores.rules import BTCV_ORGANS, FLARE22, FLARE22_ORGANS, ScoringRule, plain_rule
+from custom.evaluation.scores import surfaces
+from custom.evaluation.scores.csv_rows import read_rows, write_rows
+from custom.evaluation.scores.metrics import case_rows, dice, flare_scores, hd95, nsd
+from custom.evaluation.scores.rules import BTCV, BTCV_ORGANS, FLARE22, FLARE22_ORGANS, ScoringRule, plain_rule
 
 SPACING = (0.7, 1.3, 2.9)
 SHAPE = (17, 13, 11)
@@ -104,6 +106,13 @@ def test_nsd_of_two_plates_by_hand():
     assert nsd(lower, upper, (1, 1, 2), 1.99) == 0.0
     assert nsd(lower, upper, (1, 1, 2), 2.0) == pytest.approx(0.5, abs=1e-7)
     assert nsd(lower, upper, (1, 1, 2), 4.0) == 1.0
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), SPACING])
+def test_areas_are_those_of_monais_table(spacing):
+    table, kernel = create_table_neighbour_code_to_surface_area(spacing)
+    np.testing.assert_allclose(surfaces._surface_areas(spacing), table.numpy(), rtol=1e-6)
+    assert kernel.flatten().tolist() == [128 >> bit for bit in range(8)]
 
 
 def test_nsd_equals_monai_with_subvoxels():
@@ -282,10 +291,10 @@ def test_kind_of_array_does_not_matter():
 def test_btcv_counts_an_organ_the_reference_lacks_as_0():
     reference = labelled(label_1=box((2, 8), (2, 6), (2, 6)), label_6=box((9, 15), (2, 6), (2, 6)))
     prediction = labelled(label_1=box((2, 8), (2, 6), (2, 6)), label_6=box((12, 15), (2, 6), (2, 6)))
-    scores = btcv_scores(prediction, reference, SPACING)
-    assert tuple(scores) == (*BTCV_ORGANS, "mean")
+    scores = {row["organ"]: row["dsc"] for row in case_rows(prediction, reference, SPACING, BTCV)}
+    assert tuple(scores) == BTCV_ORGANS
     assert (scores["spleen"], scores["liver"], scores["aorta"]) == (1.0, 2 / 3, 0.0)
-    assert scores["mean"] == pytest.approx((1 + 2 / 3) / 13)
+    assert sum(scores.values()) == pytest.approx(1 + 2 / 3)  # so a mean over them is one over all 13
 
 
 def test_rows_say_what_became_of_each_organ():
@@ -341,8 +350,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
         ),
         ({"prediction": np.full(SHAPE, 14)}, "prediction holds the label 14, but FLARE22 has 0 to 13"),
         ({"reference": np.full(SHAPE, -1)}, "reference holds the label -1"),
-        ({"prediction": np.full(SHAPE, 2.5)}, "label 2.5, which is no integer; resample label maps"),
-        ({"reference": np.full(SHAPE, np.nan)}, "label nan, which is no integer"),
+        ({"prediction": np.full(SHAPE, 2.5)}, "label 2.5, which is not an integer; resample label maps"),
+        ({"reference": np.full(SHAPE, np.nan)}, "label nan, which is not an integer"),
         ({"spacing": (1, 0, 1)}, r"three positive numbers.*\(1.0, 0.0, 1.0\)"),
         ({"spacing": (1, -1, 1)}, "three positive numbers"),
         ({"spacing": (1, 1)}, "three positive numbers"),
@@ -373,9 +382,3 @@ def test_more_refusals(tmp_path: Path):
     with pytest.raises(ValueError, match="line 2: dsc is 'high'"):
         read_rows(tmp_path / "bad.csv")
     assert not (tmp_path / "rows.csv").exists()
-
-
-def test_phantoms_are_labelled_in_the_order_that_is_scored():
-    from custom.data.phantom.cohort import FLARE_ORGANS
-
-    assert tuple(FLARE_ORGANS) == tuple(FLARE22_ORGANS)

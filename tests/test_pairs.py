@@ -8,7 +8,7 @@ import torch
 from custom.data.grid.profiles import window
 from custom.engine.loader import RankedBatches, sample_loader
 from custom.landmarks.aligners.make import make_aligner
-from custom.landmarks.aligners.match import Match
+from custom.landmarks.aligners.protocol import Match
 from custom.landmarks.aligners.simple import CoordinateAligner
 from custom.methods.pairs import AlignedPair
 from custom.methods.split import hold_back

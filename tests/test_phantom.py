@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_erosion, gaussian_filter
 
+from custom.data.organs import BTCV_ORGANS
 from custom.data.phantom.cohort import (
-    FLARE_ORGANS,
+    FLARE22_ORGANS,
     PHASES,
     Phantom,
     find_canonical,
@@ -16,7 +17,6 @@ from custom.data.phantom.cohort import (
     read_canonical,
     write_cohort,
 )
-from custom.data.phantom.shapes import BTCV_ORGANS
 
 SEEDS = (0, 1, 2, 3)
 TWO_FAST = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))]
@@ -43,7 +43,7 @@ def small(seed: int, phase: str | None = None) -> Phantom:
 
 
 def organ(name: str) -> int:
-    return FLARE_ORGANS.index(name) + 1
+    return FLARE22_ORGANS.index(name) + 1
 
 
 def centroid_mm(phantom: Phantom, name: str) -> np.ndarray:
@@ -113,7 +113,7 @@ def test_all_organs_are_there_with_human_volumes(seed):
     phantom = small(seed)
     voxel_ml = abs(np.linalg.det(phantom.affine[:3, :3])) / 1000
     volumes = np.bincount(phantom.label.ravel(), minlength=14)[1:] * voxel_ml
-    for name, volume in zip(FLARE_ORGANS, volumes, strict=True):
+    for name, volume in zip(FLARE22_ORGANS, volumes, strict=True):
         low, high = VOLUMES_ML[name]
         assert low < volume < high, f"{name}: {volume:.1f} ml"
 
@@ -291,8 +291,12 @@ def test_coordinates_of_a_wrong_shape_are_refused():
 
 
 def test_names_follow_flare22():
-    assert len(FLARE_ORGANS) == 13
-    assert (FLARE_ORGANS[0], FLARE_ORGANS[1], FLARE_ORGANS[12]) == ("liver", "right kidney", "left kidney")
+    assert len(FLARE22_ORGANS) == 13
+    assert (FLARE22_ORGANS[0], FLARE22_ORGANS[1], FLARE22_ORGANS[12]) == (
+        "liver",
+        "right kidney",
+        "left kidney",
+    )
     assert len(PHASES) == 4
 
 
@@ -300,8 +304,8 @@ def test_btcv_labels_are_the_same_organs_in_btcvs_order(tmp_path):
     flare, btcv = (make_phantom(4, size="small", labels=labels) for labels in ("flare22", "btcv"))
     np.testing.assert_array_equal(flare.image, btcv.image)
     for value, organ in enumerate(BTCV_ORGANS, start=1):
-        if organ in FLARE_ORGANS:
-            same = flare.label == FLARE_ORGANS.index(organ) + 1
+        if organ in FLARE22_ORGANS:
+            same = flare.label == FLARE22_ORGANS.index(organ) + 1
             np.testing.assert_array_equal(btcv.label == value, same, err_msg=organ)
     veins = btcv.label == BTCV_ORGANS.index("portal and splenic veins") + 1
     assert veins.any() and not flare.label[veins].any()

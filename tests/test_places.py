@@ -134,7 +134,7 @@ def test_a_shift_by_hand(store):
         name = "shifted"
 
         def align(self, scan_q, point_mm, scan_k, rng):
-            from custom.landmarks.aligners.match import Match
+            from custom.landmarks.aligners.protocol import Match
 
             return Match(point_mm + np.array([3.0, -6.0, 4.0]), 1.0)
 

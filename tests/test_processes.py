@@ -17,4 +17,4 @@ def test_the_last_to_go_waits_for_gloo(tmp_path, monkeypatch):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
     dist.all_reduce(torch.ones(2))
     processes.leave()
-    assert not dist.is_initialized() and slept == [(processes.LET_GO_S, False)]
+    assert not dist.is_initialized() and slept == [(processes.LEAVE_PAUSE_S, False)]

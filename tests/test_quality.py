@@ -10,29 +10,28 @@ import pytest
 import torch
 from conftest import REPO
 
-from custom.cli import main as cli
+from custom.cli import landmarks as cli
 from custom.data.phantom.cohort import write_cohort
 from custom.data.store.build import build_store
 from custom.data.store.volume_store import VolumeStore
-from custom.landmarks.aligners.match import Match
+from custom.landmarks.aligners.protocol import Match
 from custom.landmarks.aligners.simple import CoordinateAligner, RandomAligner
-from custom.landmarks.quality.check import alignment_table, check_alignment, draw_pairs
+from custom.landmarks.quality.alignment_errors import (
+    Figures,
+    errors_mm,
+    known_warp,
+    landmark_error,
+    query_aligner,
+    truth_error,
+)
+from custom.landmarks.quality.check_alignment import alignment_table, check_alignment, draw_pairs
+from custom.landmarks.quality.ground_truth import phantom_truth, read_landmarks
 from custom.landmarks.quality.known_warp import WARPED, deform, draw_warp, write_warped
 from custom.landmarks.quality.label_transfer import (
     distance_to_structure,
     label_transfer,
-    structure_centroid_error,
-)
-from custom.landmarks.quality.measures import (
-    Figures,
-    ask,
-    errors_mm,
-    known_warp,
-    landmark_error,
-    phantom_error,
 )
 from custom.landmarks.quality.page import planes
-from custom.landmarks.quality.truth import phantom_truth, read_landmarks
 from custom.landmarks.sam.network import SAM
 from custom.landmarks.sam.weights import save_sam
 from custom.space import to_world
@@ -77,8 +76,8 @@ def test_label_transfer_by_hand(shifted):
     assert still.inside[1].row("", "", "mean")["value"] == pytest.approx(7 / 11, abs=0.03)
     assert still.distance_mm[1].row("", "", "mean")["value"] == pytest.approx((2 + 4 + 6 + 8) / 11, abs=0.15)
     assert still.centroid_mm[1].by_pair[0][0] == pytest.approx(8.0, abs=1e-6)
-    error = structure_centroid_error(Shift((8.0, 3.0, 0)), shifted, [("a", "b")])
-    assert error[1].by_pair[0][0] == pytest.approx(3.0, abs=1e-6)
+    aside = label_transfer(Shift((8.0, 3.0, 0)), shifted, [("a", "b")])
+    assert aside.centroid_mm[1].by_pair[0][0] == pytest.approx(3.0, abs=1e-6)
 
 
 def test_distance_to_a_structure_by_hand():
@@ -93,10 +92,10 @@ def test_a_point_without_an_answer_is_missed_and_infinitely_far(shifted):
     transfer = label_transfer(Shift(refuse_below=1e9), shifted, [("a", "b")], num_points=3)
     assert transfer.inside[1].row("", "", "mean")["value"] == 0.0
     assert np.isinf(transfer.distance_mm[1].by_pair[0]).all()
-    asked = ask(Shift(refuse_below=0.0), ("a", "b"), np.array([[-1.0, 0, 0], [1.0, 0, 0]]))
-    assert asked.accepted.tolist() == [False, True]
-    np.testing.assert_array_equal(errors_mm(asked, np.array([[0.0, 0, 0], [1.0, 3, 4]])), [np.inf, 5.0])
-    assert np.isnan(errors_mm(asked, np.full((2, 3), np.nan))).all()
+    answers = query_aligner(Shift(refuse_below=0.0), ("a", "b"), np.array([[-1.0, 0, 0], [1.0, 0, 0]]))
+    assert answers.accepted.tolist() == [False, True]
+    np.testing.assert_array_equal(errors_mm(answers, np.array([[0.0, 0, 0], [1.0, 3, 4]])), [np.inf, 5.0])
+    assert np.isnan(errors_mm(answers, np.full((2, 3), np.nan))).all()
 
 
 def test_figures_by_hand():
@@ -113,11 +112,11 @@ def test_figures_by_hand():
     assert np.isnan(Figures([]).row("sam", "error", "mean")["value"])
 
 
-@pytest.mark.parametrize("bend_mm", [8.0, 200.0])
-def test_a_warp_never_folds(bend_mm):
+@pytest.mark.parametrize("wave_mm", [8.0, 200.0])
+def test_a_warp_never_folds(wave_mm):
     grid = np.stack(np.meshgrid(*[np.arange(-150.0, 150, 11)] * 3, indexing="ij"), -1)
     for seed in range(4):
-        warp = draw_warp(np.random.default_rng(seed), np.zeros(3), bend_mm=bend_mm)
+        warp = draw_warp(np.random.default_rng(seed), np.zeros(3), wave_mm=wave_mm)
         slopes = [(warp(grid + 0.01 * step) - warp(grid)) / 0.01 for step in np.eye(3)]
         assert np.linalg.det(np.stack(slopes, -1)).min() > 0.05
         assert np.linalg.norm(warp(grid) - grid, axis=-1).mean() > 5
@@ -128,7 +127,7 @@ def test_a_deformed_scan_shows_what_lies_where_the_warp_leads():
     grid = to_world(affine, np.stack(np.meshgrid(*map(np.arange, (31, 29, 23)), indexing="ij"), -1))
     hu = np.rint(grid @ [3.0, 5.0, 7.0]).astype(np.int16)  # linear, so that interpolation is exact
     warp = draw_warp(
-        np.random.default_rng(0), np.array([30.0, 28, 33]), shift_mm=3.0, rotation_deg=3.0, bend_mm=2.0
+        np.random.default_rng(0), np.array([30.0, 28, 33]), shift_mm=3.0, rotation_deg=3.0, wave_mm=2.0
     )
     deformed = deform(hu, affine, warp)[10:20, 10:20, 8:15]
     np.testing.assert_allclose(deformed, warp(grid[10:20, 10:20, 8:15]) @ [3.0, 5.0, 7.0], atol=1.1)
@@ -164,14 +163,14 @@ def test_phantoms_have_a_true_correspondence(tmp_path):
         def align(self, scan_q, point_mm, scan_k, rng) -> Match:
             return Match(truth(scan_q, point_mm[None], scan_k)[0], 1.0)
 
-    assert phantom_error(Oracle(), made, folder, pairs, 10).row("", "", "mean")["value"] < 0.5
+    assert truth_error(Oracle(), made, truth, pairs, 10).row("", "", "mean")["value"] < 0.5
     near, control = (
-        phantom_error(a, made, folder, pairs, 30).row("", "", "mean")["value"]
+        truth_error(a, made, truth, pairs, 30).row("", "", "mean")["value"]
         for a in (CoordinateAligner(made), RandomAligner(made))
     )
     assert near < 40 < control
     with pytest.raises(ValueError, match="alice phantom"):
-        phantom_error(Oracle(), made, tmp_path, pairs, 1)
+        truth_error(Oracle(), made, phantom_truth(made, tmp_path), pairs, 1)
 
 
 def test_landmarks_are_read_and_measured(tmp_path):

@@ -79,7 +79,7 @@ def test_nothing_is_loaded_from_elsewhere():
         for key in ("src", "srcset", "href")
         if key in attributes
     ]
-    assert len(sources) == 8  # four pictures, one more for dark paper, three links to sections
+    assert len(sources) == 7  # four pictures, three links to sections
     assert all(source.startswith(("data:image/", "#section-")) for source in sources)
     assert "url(" not in html
     assert "@import" not in html
@@ -116,21 +116,15 @@ def test_a_row_of_other_length_is_refused():
         Page("t").table(["a", "b"], [[1, 2], [3]])
 
 
-def test_figures_turn_light_on_dark_paper_and_stay_as_they_were():
+def test_figures_bring_their_own_white_paper_and_stay_as_they_were():
     figure = line_figure(xlabel="x")
     page = Page("t").figure(figure, "caption")
-    elements = Elements(page.html())
-    (source,), (image,) = elements.all("source"), elements.all("img")
-    assert source["media"] == "screen and (prefers-color-scheme: dark)"
-    light, dark = svg(image["src"]), svg(source["srcset"])
-    assert "#e4e8ee" not in light
-    assert dark.count("#e4e8ee") > 5
-    assert "#000000" not in dark
-    assert "#ff0000" in light
-    assert "#ff0000" in dark
-    line = figure.axes[0].lines[0]
-    assert line.get_color() == "black"
-    assert figure.axes[0].xaxis.label.get_color() == "black"
+    (image,) = Elements(page.html()).all("img")
+    assert image["class"] == "card"
+    before_axes = svg(image["src"]).partition("axes_1")[0]
+    assert "fill: #ffffff" in before_axes  # black ink stays legible where the page is dark
+    assert ".card { border-radius: 8px; background: #fff;" in page.html()
+    assert figure.axes[0].lines[0].get_color() == "black"
     assert Page("t").figure(figure, "caption").html() == page.html()
 
 

@@ -305,7 +305,7 @@ def test_a_tilted_scan_is_taken_with_a_warning(tmp_path, caplog):
 
 
 def test_scans_without_a_place_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no place"):
+    with pytest.raises(ValueError, match="lacks an affine"):
         read_scan(np.zeros((3, 3, 3)))
     with pytest.raises(ValueError, match="one 3D volume"):
         read_scan((np.zeros((3, 4, 5, 2)), np.eye(4)))

@@ -11,10 +11,10 @@ from monai.transforms import SaveImage
 
 from custom.cli.scores import score
 from custom.evaluation.scores.case_files import find_references, match_files, possible_cases
+from custom.evaluation.scores.csv_rows import read_rows
 from custom.evaluation.scores.metrics import case_rows, flare_scores
-from custom.evaluation.scores.rows import read_rows
 from custom.evaluation.scores.rules import FLARE22, FLARE22_ORGANS, plain_rule
-from custom.evaluation.scores.scoring import make_rule, score_folder, score_markdown
+from custom.evaluation.scores.score_folder import make_rule, score_folder, score_markdown
 
 SHAPE = (23, 19, 17)
 AFFINE = np.array([[-1.5, 0, 0, 12.0], [0, -1.7, 0, -7.0], [0, 0, 2.5, 31.0], [0, 0, 0, 1.0]])
@@ -142,12 +142,12 @@ def test_a_bundles_split_says_which_cases_a_fold_has(cohort):
     scored = score_folder(cohort / "out", cohort / "data", TWO, split=split, fold=1)
     assert [(row["case"][-1], row["fold"]) for row in scored.rows[::2]] == [("1", 1), ("3", 1)]
     assert scored.failed == []
-    with pytest.raises(ValueError, match="none of its files is of a case to score .FLARE22_Tr_0002"):
+    with pytest.raises(ValueError, match="none of its files belongs to a case to score .FLARE22_Tr_0002"):
         score_folder(cohort / "out", cohort / "data", TWO, split=split, fold=0)
     for content, message in [
         ({"folds": [["FLARE22_Tr_0002"]]}, "'FLARE22_Tr_0001' .* is in none of its folds"),
         ({"folds": [["a"], ["a"]]}, "in two folds: a"),
-        ({"splits": []}, "folds.json: no split"),
+        ({"splits": []}, "folds.json: not a split"),
     ]:
         split.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):
@@ -201,11 +201,11 @@ def spoil(cohort: Path, what: str) -> None:
         ),
         ("affine", r"FLARE22_Tr_0002_0000_seg.nii.gz and .*FLARE22_Tr_0002.nii.gz .* 0.4 mm apart"),
         ("label", r"FLARE22_Tr_0002_0000_seg.nii.gz holds the label 3, but plain has 0 to 2"),
-        ("fraction", r"FLARE22_Tr_0002_0000_seg.nii.gz holds the label 0.5, which is no integer"),
+        ("fraction", r"FLARE22_Tr_0002_0000_seg.nii.gz holds the label 0.5, which is not an integer"),
         ("reference label", r"labels/FLARE22_Tr_0002.nii.gz holds the label 9"),
         ("empty reference", r"labels/FLARE22_Tr_0002.nii.gz: the reference holds no organ"),
         ("damaged", r"FLARE22_Tr_0002_0000_seg.nii.gz: (truncated|not a readable image)"),
-        ("twice", r"FLARE22_Tr_0002.nii.gz and .*_seg.nii.gz are both of case 'FLARE22_Tr_0002'"),
+        ("twice", r"FLARE22_Tr_0002.nii.gz and .*_seg.nii.gz both belong to case 'FLARE22_Tr_0002'"),
         ("strangers", r"no file is named after a case. It holds 'other.nii.gz'.*'FLARE22_Tr_0001'"),
     ],
 )
@@ -244,7 +244,7 @@ def test_rules_of_a_name(tmp_path):
         (("plain",), "need the organs in label order"),
         (("plain", "liver,liver"), "Two labels have one name"),
         (("plain", "liver,spleen", (1, 2, 3)), "2 organs and 3 tolerances"),
-        (("plain", str(tmp_path / "other.json")), "other.json: no bundle's metadata.json"),
+        (("plain", str(tmp_path / "other.json")), "other.json: not the metadata.json of a bundle"),
     ]:
         with pytest.raises(ValueError, match=message):
             make_rule(*arguments)
@@ -269,6 +269,6 @@ def test_the_command_writes_rows_and_says_what_was_left_out(cohort, capsys):
         ("3", 2, "spleen"),
     ]
     said = capsys.readouterr().out
-    assert "Left out, as no reference is theirs: 1 files" in said and "other_seg.nii.gz" in said
+    assert "Left out, since no reference belongs to them: 1 files" in said and "other_seg.nii.gz" in said
     with pytest.raises(ValueError, match=r"No reference for the case\(s\) \['0009'\]"):
         score(str(cohort / "out"), str(cohort / "data"), cases="0009", o=str(cohort / "x.csv"))

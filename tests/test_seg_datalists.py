@@ -54,7 +54,7 @@ def test_scans_of_one_patient_stay_together(tmp_path):
     ("empty", "P1_scan.nii.gz: is empty. Leave the case out, or pass --allow_empty."),
     ("grid", "P1_scan.nii.gz has shape (22, 25, 22)"),
     ("alone", "P1_scan_0000.nii.gz: has no label."),
-    ("image", "P1_scan_0000.nii.gz: has no value below 0: it is no CT, or not in Hounsfield units."),
+    ("image", "P1_scan_0000.nii.gz: has no value below 0: it is not a CT, or not in Hounsfield units."),
 ])  # fmt: skip
 def test_faults_are_named(tmp_path, fault, message):
     cohort(tmp_path)

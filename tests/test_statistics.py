@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from custom.evaluation.statistics.intervals import bootstrap_interval, signed_rank_p
-from custom.evaluation.statistics.statistics import compare, merge_folds, summarise, worst_rows
-from custom.evaluation.statistics.tables import table_cells, to_markdown
+from custom.evaluation.statistics.markdown import table_cells, to_markdown
+from custom.evaluation.statistics.per_organ import compare, merge_folds, summarise, worst_rows
+from custom.evaluation.statistics.significance import bootstrap_interval, signed_rank_p
 
 
 def row(case, organ="liver", dsc=0.5, status="ok", **more):

@@ -31,8 +31,8 @@ def embed(
         device: cpu or cuda.
         overwrite: replace what was made with other weights or from other voxels.
         allow_profile: embed a store of another profile than ct, which SAM was not trained on.
-        bits: 4 to 8 bits a number; by default 4 of the published network's 128, 7 of a compact one's 32, and what is there
-            already stays.
+        bits: 4, 7 or 8 bits a number. By default 4 for the published network (128 numbers a vector), 7 for a compact
+            one (32 numbers); files that are there already stay.
     """
     from custom.data.remote import is_url
     from custom.data.store.volume_store import VolumeStore
@@ -168,11 +168,11 @@ def check_alignment(
     """
     from custom.data.store.volume_store import VolumeStore
     from custom.landmarks.aligners.make import make_aligner
-    from custom.landmarks.aligners.match import Aligner
+    from custom.landmarks.aligners.protocol import Aligner
     from custom.landmarks.embeddings.folder import EmbeddingFolder
-    from custom.landmarks.quality import check as quality
+    from custom.landmarks.quality import check_alignment as quality
+    from custom.landmarks.quality.ground_truth import phantom_truth
     from custom.landmarks.quality.page import table_cells
-    from custom.landmarks.quality.truth import phantom_truth
     from custom.landmarks.sam.weights import read_sam_metadata
 
     volumes = VolumeStore(store)

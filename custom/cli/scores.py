@@ -88,8 +88,8 @@ def score(
         split: a bundle's folds.json.
         seed: of the training, kept in the rows.
     """
-    from custom.evaluation.scores.rows import write_rows
-    from custom.evaluation.scores.scoring import make_rule, read_cases, score_folder, score_markdown
+    from custom.evaluation.scores.csv_rows import write_rows
+    from custom.evaluation.scores.score_folder import make_rule, read_cases, score_folder, score_markdown
 
     rule = make_rule(rules, names, tolerance)
     with tqdm(desc="cases") as bar:

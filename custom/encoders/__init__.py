@@ -1,1 +1,1 @@
-"""Networks that run on visible tokens only, with MONAI's own parameters."""
+"""Encoders: MONAI's networks that compute visible tokens only, and nnFormer."""

@@ -1,4 +1,4 @@
-"""MONAI's SwinTransformer on visible units only, and a faster one where nothing is hidden."""
+"""MONAI's SwinTransformer on visible units only; it is also faster if nothing is hidden."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from custom.errors import AliceError
 
 ATTENTION = ("auto", "chunked", "sdpa", "plain")
 MERGING = {PatchMerging: "merging", PatchMergingV2: "mergingv2"}
-# scores held at a time; ours: 0.1 to 2 million are equally fast on a CPU, a GPU wants few large products
+# scores held at a time (ours): on a CPU 0.1 to 2 million are equally fast, a GPU prefers few large products
 CHUNK_CPU, CHUNK_GPU = 2**20, 2**26
 
 
@@ -40,18 +40,18 @@ class VisibleFeatures(NamedTuple):
 class MaskedSwin(SwinTransformer):
     """MONAI's SwinTransformer; with ``hidden=None`` it computes what its parent computes, faster.
 
-    It owns no other parameter or buffer: state dicts load strictly both ways. With units hidden it is the
-    dense network whose window attention may not look at hidden tokens, MONAI's attended zero-padding
-    included; hidden voxels are never read. ``SwinTransformer.forward(net, x)`` is the way to MONAI's own.
+    It has no other parameters or buffers, so state dicts load strictly both ways. With hidden units it
+    computes the dense network whose window attention cannot see hidden tokens; MONAI's zero padding, which is
+    attended, is included. Hidden voxels are never read. ``SwinTransformer.forward(net, x)`` runs MONAI's own
+    code.
 
     Args:
         attention: ``auto`` (``sdpa`` without gradients, ``chunked`` with), ``chunked`` (keeps query, key,
             value and output for the backward pass and nothing quadratic), ``sdpa`` (torch's fused attention)
-            or ``plain`` (autograd as it comes), which is also taken in training with ``attn_drop_rate``
-            above 0.
+            or ``plain`` (ordinary autograd), which is also used in training if ``attn_drop_rate`` is above 0.
         kwargs: MONAI's remaining arguments, which differ between its versions.
 
-    The other arguments are MONAI's. ``settings`` holds those that define the network, ready for JSON:
+    The other arguments are MONAI's. ``settings`` holds those that define the network, as plain values:
     ``MaskedSwin(**net.settings)`` builds it again. ``unit`` is the side of a mask unit in voxels, 16 patches:
     the side of one token after the last merging.
 
@@ -133,15 +133,15 @@ class MaskedSwin(SwinTransformer):
             x: crop (B, C, X, Y, Z). With units hidden, every side is a multiple of ``unit``.
             normalize: whether each scale goes through a layer norm without weights, as in MONAI.
             hidden: bool (B, ux, uy, uz) over units, True where the encoder must see nothing. Leave it on the
-                CPU, whatever the device of ``x``: attention is planned there.
-            plan: ``self.plan(hidden)``, made ahead in the loader; ``hidden`` is then not read.
+                CPU for every device of ``x``, since attention is planned there.
+            plan: ``self.plan(hidden)``, made in advance by the loader; ``hidden`` is then not read.
 
         Returns:
             MONAI's five maps (B, C, gx, gy, gz), or the :class:`VisibleFeatures` of the five scales.
 
         Raises:
-            ValueError: if a side is no multiple of ``unit``, ``hidden`` or ``plan`` is for other sides or
-                another batch, or samples hide different numbers of units, or all.
+            ValueError: if a side is not a multiple of ``unit``, if ``hidden`` or ``plan`` is for another size
+                or batch, if samples hide different numbers of units, or if a sample hides all.
         """
         if hidden is None and plan is None:
             window, patch = tuple(self.settings["window_size"]), self.settings["patch_size"][0]
@@ -273,7 +273,8 @@ def window_attention(
 
     batch_size, num_tokens, channels = tokens.shape
     qkv = attn.qkv(tokens).view(-1, plan.layout.num_tokens, 3 * channels)  # (R, T, 3 C)
-    # a padded token is zero before qkv, hence its bias after; as a filler the same row is never attended
+    # a padded token is zero before qkv, so after it has qkv's bias; a filler uses the same row and is never
+    # attended
     virtual = qkv.new_zeros(3 * channels) if attn.qkv.bias is None else attn.qkv.bias.to(qkv.dtype)
     qkv = torch.cat([qkv, virtual.expand(len(qkv), 1, -1)], dim=1)  # (R, T + 1, 3 C)
     bias = position_bias(attn, plan)  # (H, n, n + P + 1)
@@ -307,7 +308,7 @@ def position_bias(attn: WindowAttention, plan: WindowPlan) -> Tensor:
     bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
     columns = [bias]
     if plan.layout.num_patterns:
-        # logsumexp over each pattern as one product; in double, as its maximum is that of all slots
+        # logsumexp over each pattern as one product, in double since the maximum is over all slots
         largest = bias.detach().amax(dim=-1, keepdim=True)
         total = (bias - largest).double().exp() @ plan.padded.double().T  # (H, n, P)
         columns.append(total.log().to(bias.dtype) + largest)
@@ -338,7 +339,7 @@ def _plain_attention(
 
 
 def _chunks(query: Tensor) -> list[slice]:
-    """Slices of groups whose scores fit in memory together."""
+    """Slices of groups whose scores are held in memory together."""
     repeats, num_groups, num_heads, length, _ = query.shape
     most = CHUNK_GPU if query.is_cuda else CHUNK_CPU
     step = max(1, most // (repeats * num_heads * length**2))
@@ -362,7 +363,7 @@ def _fused_attention(
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """Attention that holds the scores of few groups at a time and computes them again when going back."""
+    """Attention that holds the scores of few groups at a time, and computes them again in the backward pass."""
 
     @staticmethod
     def forward(

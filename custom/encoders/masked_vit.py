@@ -1,4 +1,4 @@
-"""MONAI's ViT, computing visible tokens only."""
+"""MONAI's ViT that computes visible tokens only."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from custom.errors import AliceError
 class MaskedViT(ViT):
     """MONAI's ViT; with ``hidden=None`` on a crop of ``img_size`` it computes what its parent computes.
 
-    The constructor is MONAI's. Crops of another size are taken too: the position table is interpolated to
-    their grid. Parameters of MONAI's that take no part in the forward pass (cross attention that is switched
-    off) are kept for its state dict and frozen, since they can never receive a gradient.
+    The constructor is MONAI's. For crops of another size the position table is interpolated to their grid.
+    MONAI's parameters that take no part in the forward pass (cross attention that is switched off) stay in
+    the state dict, but are frozen, since they never receive a gradient.
 
     Attributes:
         settings: the constructor's arguments as plain values, for the file that carries the weights.
@@ -65,7 +65,7 @@ class MaskedViT(ViT):
         Args:
             x: (B, C, X, Y, Z); sides are multiples of the patch.
             hidden: bool (B, gx, gy, gz), True where a token is hidden, the same number in every sample.
-                Best left on the CPU, so that counting does not make a GPU wait.
+                Leave it on the CPU, so that no GPU waits for the counting.
 
         Returns:
             Normalised tokens (B, N_visible, hidden_size) in grid order, and the list of every block's
@@ -115,9 +115,7 @@ class MaskedViT(ViT):
         row = torch.arange(batch, device=x.device)[:, None]
         visible = patches[row, index].flatten(0, 1)  # (B * N_visible, C, px, py, pz)
         layer = self.patch_embedding.patch_embeddings
-        if isinstance(
-            layer, nn.Conv3d
-        ):  # on one patch its convolution is a matrix product, ten times faster as such
+        if isinstance(layer, nn.Conv3d):  # on one patch it is a matrix product, which is ten times faster
             embedded = F.linear(visible.flatten(1), layer.weight.flatten(1), layer.bias)
         else:
             embedded = self._embed(visible)

@@ -1,4 +1,4 @@
-"""Which tokens are hidden from the online encoder, and how to keep only the visible ones."""
+"""Choose the tokens to hide from the online encoder, and keep only the visible ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def hide_tokens(
         batch_size: number of independent choices, B.
         grid: tokens along x, y, z.
         ratio: share of hidden tokens, in [0, 1).
-        generator: source of chance; torch's global one if None.
+        generator: random generator; torch's global one if None.
 
     Returns:
         Bool (B, gx, gy, gz) on the CPU, True where a token is hidden.
@@ -39,7 +39,7 @@ def hide_columns(
 ) -> Tensor:
     """Hide whole columns along z, ``ceil(ratio * gx * gy)`` of them (the authors' code).
 
-    Same arguments, result and errors as :func:`hide_tokens`.
+    Arguments, result and errors are those of :func:`hide_tokens`.
     """
     num_columns = grid[0] * grid[1]
     num_hidden_tokens(num_columns, ratio)
@@ -50,7 +50,7 @@ def hide_columns(
 
 
 def num_hidden_tokens(num_tokens: int, ratio: float) -> int:
-    """``round(ratio * num_tokens)``, refused where it would leave nothing visible."""
+    """``round(ratio * num_tokens)``; ValueError if no token would stay visible."""
     if not 0.0 <= ratio < 1.0:
         raise AliceError(f"Share of hidden tokens must be in [0, 1), got {ratio}.")
     num_hidden = round(ratio * num_tokens)
@@ -88,7 +88,7 @@ def visible_index(hidden: Tensor) -> Tensor:
 
     Args:
         hidden: bool (B, N) with the same number of visible tokens in every row. Leave it on the CPU:
-            on a GPU the counting below would make the host wait.
+            on a GPU the host would wait for the counting.
 
     Returns:
         Int64 (B, N_visible).

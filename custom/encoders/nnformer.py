@@ -20,7 +20,7 @@ RelativeIndex: TypeAlias = Literal["official", "injective"]
 
 MLP_RATIO = 4  # the authors' code
 TABLE_STD = 0.02  # of the tables' first values; the authors' code
-SHIFT_PENALTY = -100.0  # added between tokens that only the cyclic shift brought together; the authors' code
+SHIFT_PENALTY = -100.0  # added between tokens that only the cyclic shift made neighbours; the authors' code
 
 
 def relative_position_index(
@@ -98,7 +98,7 @@ def shift_mask(grid: Sequence[int], window: int, shift: int, device: torch.devic
 class WindowAttention(nn.Module):
     """Attention within windows, with a bias per head and relative position.
 
-    With ``cross`` the query is taken as it is, unprojected, and keys and values come from a context.
+    With ``cross`` the query is not projected, and keys and values come from a context.
     """
 
     relative_position_index: Tensor
@@ -143,9 +143,8 @@ class WindowAttention(nn.Module):
         heads = self.num_heads
         projected = self.qkv(x) if context is None else torch.cat([x, self.kv(context)], dim=-1)
         parts = projected.view(batch * windows, length, 3, heads, channels // heads)
-        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(
-            0
-        )  # each (B * windows, heads, length, C / heads)
+        # each (B * windows, heads, length, C / heads)
+        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
 
         bias = self.bias(window)[None]
         if mask is not None:  # heads and windows share an axis, so that one bias serves the whole batch
@@ -173,9 +172,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A pre-norm Swin block on (B, S, H, W, C); with ``cross`` the decoder's first block of a stage.
 
-    Where the smallest side of a grid is at most ``window``, the window takes that side and nothing is
-    shifted. Sides that are no multiple of the window are padded with zeros after the norm, as nnFormer's code
-    does; the padding takes part in the attention.
+    If the smallest side of a grid is at most ``window``, the window gets that side and nothing is shifted.
+    Sides that are not multiples of the window are padded with zeros after the norm, as in nnFormer's code;
+    the padding takes part in the attention.
     """
 
     def __init__(
@@ -288,7 +287,7 @@ class Upsample(nn.Module):
 
 
 class EncoderStage(nn.Module):
-    """Blocks of one resolution, every second one shifted, and the way down where there is one."""
+    """Blocks of one resolution, every second one shifted, and the downsampling if there is one."""
 
     def __init__(self, blocks: Sequence[Block], downsample: Downsample | None) -> None:
         super().__init__()
@@ -302,7 +301,7 @@ class EncoderStage(nn.Module):
 
 
 class DecoderStage(nn.Module):
-    """One resolution on the way up: a cross block from what came up to the skip, then shifted blocks."""
+    """Upsampling, a cross block between the upsampled map and the skip, then shifted blocks."""
 
     def __init__(self, blocks: Sequence[Block], upsample: Upsample) -> None:
         super().__init__()
@@ -323,14 +322,14 @@ def _drop_rates(largest: float, blocks: int) -> list[float]:
 
 
 class NNFormerEncoder(nn.Module):
-    """The half of :class:`NNFormer` that is pre-trained; the arguments are explained there.
+    """The part of :class:`NNFormer` that is pre-trained; see there for the arguments.
 
     Attributes:
         patch: voxels per token of the first map, along S, H, W.
         stride: voxels per token of the last map (the bottleneck), along S, H, W.
         grid: tokens of the first map at ``img_size``.
         position_table: (1, N, C), or None. A buffer for ``"sincos"``, a parameter for ``"learnable"``.
-        mask_token: kept for the official state dict, which has it; nothing uses it, so it is frozen.
+        mask_token: only there because the official state dict has it; unused, so it is frozen.
     """
 
     position_table: Tensor | None
@@ -386,10 +385,10 @@ class NNFormerEncoder(nn.Module):
             raise AliceError(f"position_embedding must be 'none', 'sincos' or 'learnable', got {kind!r}.")
 
     def check_size(self, size: Sequence[int]) -> None:
-        """Refuse sizes (S, H, W) that do not halve evenly down to the bottleneck.
+        """Refuse sizes (S, H, W) that cannot be halved evenly down to the bottleneck.
 
         Raises:
-            ValueError: naming the axis and the nearest valid sizes.
+            ValueError: names the axis and the nearest valid sizes.
         """
         for axis, side, stride in zip(("S (x)", "H (y)", "W (z)"), size, self.stride, strict=True):
             if side < stride or side % stride:
@@ -432,7 +431,7 @@ class NNFormerEncoder(nn.Module):
 
 
 class NNFormerDecoder(nn.Module):
-    """The way up from the encoder's maps; the arguments are explained in :class:`NNFormer`."""
+    """Decodes the encoder's maps; see :class:`NNFormer` for the arguments."""
 
     def __init__(
         self,
@@ -480,22 +479,21 @@ class NNFormerDecoder(nn.Module):
 class NNFormer(nn.Module):
     """nnFormer as in the authors' code of Alice: 64^3 crops, width 48, patches of 2^3 by default.
 
-    The axes are called S, H, W in the order they are stored. Our volumes ``(B, C, X, Y, Z)`` are fed as they
-    are: S is x (Right), H is y (Anterior), W is z (Superior), which is also what the authors' MONAI pipeline
-    fed. (Upstream nnFormer reads volumes as z, y, x: see :meth:`synapse_settings`.)
+    The axes are called S, H, W in the order of storage. Our volumes ``(B, C, X, Y, Z)`` go in unchanged: S is
+    x (Right), H is y (Anterior), W is z (Superior), as in the authors' MONAI pipeline. (Upstream nnFormer
+    reads volumes as z, y, x: see :meth:`synapse_settings`.)
 
-    Crops of other sizes than ``img_size`` are taken if they are multiples of ``patch_size * 2^(stages - 1)``,
-    which is 16 voxels by default: windows follow :class:`Block`'s rule and the position table is
-    interpolated. Windows are never larger than they would be at ``img_size``, which sets the size of the bias
-    tables.
+    Crops of other sizes than ``img_size`` must be multiples of ``patch_size * 2^(stages - 1)``, 16 voxels by
+    default. Windows then follow the rule of :class:`Block`, and the position table is interpolated. Windows
+    are never larger than at ``img_size``, which sets the size of the bias tables.
 
-    Parameters of the default: encoder 7 651 668, decoder 2 071 404, 9 725 763 with the heads; a learnable
-    position table comes on top.
+    The default has 7 651 668 parameters in the encoder, 2 071 404 in the decoder, 9 725 763 with the heads; a
+    learnable position table adds to these.
 
     Args:
         in_channels: channels of the volume.
         out_channels: channels of the logits.
-        img_size: voxels along S, H, W the tables are made for.
+        img_size: voxels along S, H, W that the tables are made for.
         embed_dim: channels of the first map; each stage doubles them.
         depths: blocks per stage.
         num_heads: attention heads per stage.
@@ -506,8 +504,9 @@ class NNFormer(nn.Module):
         relative_index: ``"official"`` for published weights, ``"injective"`` from scratch
             (see :func:`relative_position_index`).
         drop_path_rate: largest share of dropped residual branches, while training only.
-        mask_token: keep the authors' unused mask token, frozen, so that state dicts correspond.
-        deep_supervision: whether ``forward`` returns the logits of all heads or those of the finest alone.
+        mask_token: keep the authors' unused mask token, frozen, so that state dicts have the same keys.
+        deep_supervision: True returns the logits of all heads from ``forward``, False those of the finest
+            head.
 
     Raises:
         ValueError: if lengths differ between stages, a size or a width does not divide, or a name is unknown.

@@ -1,4 +1,4 @@
-"""Crops cut into patches, and patches put together again."""
+"""Cut crops into patches, and put patches together again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def unpatchify(patches: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Te
 
 
 def normalise_patches(patches: Tensor) -> Tensor:
-    """Every patch to zero mean and unit variance (MAE, Sec. 3: its normalised pixel target)."""
+    """Bring every patch to zero mean and unit variance (MAE, Sec. 3: its normalised pixel target)."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
 

@@ -1,4 +1,4 @@
-"""Position tables: fixed sin-cos ones, and moving a table to another grid."""
+"""Position tables: fixed sin-cos tables, and interpolation to another grid."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from custom.errors import AliceError
 
 @functools.lru_cache(maxsize=32)
 def sincos_positions(grid: tuple[int, int, int], width: int, device: str = "cpu") -> Tensor:
-    """MONAI's fixed sin-cos table (1, N, width) for a grid, kept where it is used; ``width`` divisible by 6."""
+    """MONAI's fixed sin-cos table (1, N, width) for a grid, cached; ``width`` must be divisible by 6."""
     if width % 6:
         raise AliceError(f"Sin-cos positions in 3D need a width divisible by 6, got {width}.")
     with quiet_meshgrid():
@@ -27,7 +27,7 @@ def sincos_positions(grid: tuple[int, int, int], width: int, device: str = "cpu"
 
 @contextlib.contextmanager
 def quiet_meshgrid() -> Iterator[None]:
-    """Keep torch from warning users about how MONAI calls ``torch.meshgrid``."""
+    """Silence torch's warning about MONAI's use of ``torch.meshgrid``."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.meshgrid")
         yield

@@ -1,4 +1,4 @@
-"""One token grid for the method, whatever the encoder (DESIGN decision 3)."""
+"""One token grid for every encoder: tokens out, with the grid they lie on (docs/design.md)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Tokens(NamedTuple):
 
 
 class TokenEncoder(nn.Module):
-    """An encoder as the method sees it: tokens out, hidden units in.
+    """An encoder as a method sees it: a crop and a mask of hidden units in, tokens out.
 
     Attributes:
-        encoder: the network that is kept after pre-training, with its own state dict.
+        encoder: the network to keep after pre-training, with its own state dict.
         width: channels C of a token.
         patch: voxels per token along x, y, z.
         unit: voxels per mask unit; a multiple of ``patch``.
@@ -43,23 +43,23 @@ class TokenEncoder(nn.Module):
     def forward(self, crop: Tensor, hidden: Tensor | None = None, plan: Any = None) -> Tokens:
         """(B, 1, X, Y, Z) and bool (B, ux, uy, uz) or None -> the visible tokens.
 
-        ``plan`` is what :meth:`planner` made of ``hidden`` ahead of time; without it, it is made here.
+        ``plan`` is what :meth:`planner` made from ``hidden`` in advance; if it is None, it is made here.
         """
         raise NotImplementedError
 
     def token_mask(self, hidden: Tensor) -> Tensor:
-        """A mask over units (B, ux, uy, uz) as a mask over tokens (B, gx, gy, gz)."""
+        """Turn a mask over units (B, ux, uy, uz) into a mask over tokens (B, gx, gy, gz)."""
         return refine_mask(hidden, tuple(u // p for u, p in zip(self.unit, self.patch, strict=True)))
 
     def planner(self) -> Callable[[Tensor], Any] | None:
-        """What a loader's worker can prepare from a mask, as a function that travels there; None if nothing."""
+        """A picklable function for a loader's workers that makes a plan from a mask; None if none is needed."""
         return None
 
     def units(self, crop_size: tuple[int, ...]) -> tuple[int, int, int]:
-        """Mask units along x, y, z of a crop.
+        """Number of mask units along x, y, z of a crop.
 
         Raises:
-            ValueError: naming the side that is not a multiple of the unit, and the nearest that are.
+            ValueError: if a side is not a multiple of the unit; names the side and the nearest multiples.
         """
         if len(crop_size) != 3:
             raise AliceError(f"crop_size must be three numbers of voxels, got {list(crop_size)}.")
@@ -76,7 +76,7 @@ class TokenEncoder(nn.Module):
 
 
 class ViTTokens(TokenEncoder):
-    """A ViT's patches are the tokens."""
+    """A ViT: its patches are the tokens."""
 
     def __init__(self, encoder: MaskedViT) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class ViTTokens(TokenEncoder):
 
 
 class SwinTokens(TokenEncoder):
-    """A Swin's stride-16 map plus its stride-32 map spread over it, a linear layer each, so that all stages learn (ours)."""
+    """A Swin: its stride-16 and stride-32 maps, each through a linear layer; so all stages learn (ours)."""
 
     def __init__(self, encoder: MaskedSwin) -> None:
         super().__init__()
@@ -127,14 +127,12 @@ class SwinTokens(TokenEncoder):
 
 
 class NNFormerTokens(TokenEncoder):
-    """nnFormer's bottleneck. Its convolutions mix neighbours, so it runs dense on zeroed hidden voxels."""
+    """nnFormer: its bottleneck. Convolutions mix neighbours, so it runs densely, with hidden voxels set to 0."""
 
     def __init__(self, encoder: NNFormerEncoder, width: int) -> None:
         super().__init__()
         self.encoder, self.width = encoder, width
-        for norm in list(encoder.norms)[
-            :-1
-        ]:  # they serve the segmentation decoder's skips; nothing here calls them
+        for norm in list(encoder.norms)[:-1]:  # only the segmentation decoder uses these
             norm.requires_grad_(False)
         x, y, z = encoder.stride
         self.patch = self.unit = (x, y, z)
@@ -149,7 +147,7 @@ class NNFormerTokens(TokenEncoder):
 
 
 def _grid_order(hidden: Tensor) -> Tensor:
-    """Where the visible stride-16 tokens, unit after unit with eight each, stand in grid order: (B, 8 V)."""
+    """The order (B, 8 V) that sorts visible stride-16 tokens, eight for each unit, into grid order."""
     ux, uy, uz = hidden.shape[1:]
     numbers = (
         torch.arange(8 * ux * uy * uz).view(ux, 2, uy, 2, uz, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, 8)
@@ -159,10 +157,10 @@ def _grid_order(hidden: Tensor) -> Tensor:
 
 
 def token_encoder(encoder: nn.Module) -> TokenEncoder:
-    """Wrap an encoder for the method.
+    """Wrap an encoder for pre-training.
 
     Raises:
-        ValueError: if the network is none that the method knows.
+        ValueError: for another network.
     """
     if isinstance(encoder, MaskedViT):
         return ViTTokens(encoder)
@@ -171,5 +169,5 @@ def token_encoder(encoder: nn.Module) -> TokenEncoder:
     if isinstance(encoder, NNFormer):
         return NNFormerTokens(encoder.encoder, encoder.settings["embed_dim"] * 8)
     raise AliceError(
-        f"{type(encoder).__name__} is no encoder for pre-training: use MaskedViT, MaskedSwin or NNFormer."
+        f"{type(encoder).__name__} is not an encoder for pre-training: use MaskedViT, MaskedSwin or NNFormer."
     )

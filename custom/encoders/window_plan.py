@@ -2,14 +2,14 @@
 
 A *box* is a brick of tokens that is wholly visible: a mask unit, or the whole crop when nothing is hidden.
 MONAI's blocks cut the token grid into windows, shift it, pad it with zeros up to whole windows, and forbid
-attention between the regions that the shift brought together. All of that only decides who shares a group:
-tokens of one sample, one window and one region. Here the groups are listed once per mask, in numpy, so that
-the network needs one gather, one batched attention per group length, and one gather back.
+attention between the regions that the shift brought together. All of this only decides which tokens share a
+group: those of one sample, one window and one region. Here the groups are listed once for each mask, in
+numpy. The network then needs one gather, one batched attention for each group length, and one gather back.
 
-Two facts make the result exact. MONAI pads *after* the norm, so every padded token has the bias of ``qkv``
-as its key and value, and real tokens do attend to it: the padded keys of a group differ only in their
-position bias and act as ONE virtual key, whose bias is the logsumexp of theirs. And MONAI looks up position
-biases by a token's *slot*, its number within the window, also where the window was shrunk to a small grid.
+Two facts make the result exact. First, MONAI pads *after* the norm. So every padded token has the bias of
+``qkv`` as its key and value, and real tokens do attend to it. The padded keys of a group differ only in their
+position bias, so they act as ONE virtual key, whose bias is the logsumexp of theirs. Second, MONAI looks up
+position biases by a token's *slot*, its number within the window, even if the window shrank to a small grid.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 from custom.encoders.masking import visible_index
 from custom.errors import AliceError
 
-NUM_STAGES = 4  # MONAI's SwinTransformer knows no other number
+NUM_STAGES = 4  # MONAI's SwinTransformer always has four
 MAX_LENGTHS = 6  # ours: 4 to 12 padded lengths take the same time, one takes 2.2 times as long
 NUM_REGIONS = 27  # a shift leaves up to three regions along each axis
 
@@ -66,7 +66,7 @@ class WindowPlan(NamedTuple):
 
     layout: Layout
     gather: Tensor  # (places,) the token at each place; T stands for the virtual token
-    slots: Tensor  # (places,) its slot; n + p for the virtual key of padding pattern p; n + P for a filler
+    slots: Tensor  # (places,) its slot; n + p: the virtual key of padding pattern p; n + P: a filler
     restore: Tensor  # (T,) the place of each token
     padded: Tensor  # (P, n) 1 where a slot is padding
 
@@ -127,8 +127,8 @@ def plan_for(hidden: Tensor, settings: Mapping[str, Any]) -> SwinPlan:
         A plan on the CPU, for ``MaskedSwin.forward(x, plan=plan)``.
 
     Raises:
-        ValueError: if ``hidden`` is no bool (B, ux, uy, uz), if samples hide different numbers of units, or
-            if one hides all of them.
+        ValueError: if ``hidden`` is not bool (B, ux, uy, uz), if samples hide different numbers of units, or
+            if a sample hides all of them.
     """
     if hidden.dtype != torch.bool or hidden.ndim != 4:
         raise AliceError(
@@ -157,7 +157,7 @@ def dense_plan_on(
     device: torch.device, sides: tuple[int, ...], patch_size: int, window_size: tuple[int, ...]
 ) -> SwinPlan:
     """:func:`dense_plan`, kept on ``device``."""
-    with torch.inference_mode(False):  # else a plan made for inference could not serve training later
+    with torch.inference_mode(False):  # else a plan made for inference would be useless in training
         return dense_plan(sides, patch_size, window_size).to(device)
 
 
@@ -178,7 +178,7 @@ def _plan(
             pair.append(layout)
             parts.extend(arrays)
         layouts.append((pair[0], pair[1]))
-    with torch.inference_mode(False):  # a plan is cached or comes from elsewhere: it must serve training too
+    with torch.inference_mode(False):  # a cached plan must work in training as well
         index = torch.from_numpy(np.concatenate(parts, dtype=np.int32, casting="same_kind"))
     return SwinPlan(index, tuple(layouts), grid, *units.shape)
 
@@ -241,7 +241,7 @@ def _plan_windows(coordinates: IntArray, axes: tuple[_Axis, ...]) -> tuple[Layou
     group, slot = _place(coordinates, axes)
     group = group + np.arange(num_samples)[:, None] * len(pattern_of_group)
     group, slot = group.reshape(-1), slot.reshape(-1)
-    order = np.argsort(group * num_slots + slot)  # no two tokens share a slot: the order is unique
+    order = np.argsort(group * num_slots + slot)  # no two tokens share a slot, so the order is unique
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))
     counts = np.diff(starts, append=num_tokens)
     pattern = pattern_of_group[group[order][starts] % len(pattern_of_group)]
@@ -282,10 +282,10 @@ def _sort_into_buckets(
 
 
 def bucket_lengths(lengths: IntArray, max_lengths: int) -> list[int]:
-    """Pad ``lengths`` to at most ``max_lengths`` different ones so that the sum of their squares is least.
+    """Pad ``lengths`` to at most ``max_lengths`` different values, with the smallest possible sum of squares.
 
     Returns:
-        The padded lengths, ascending; each of ``lengths`` goes to the first that is not smaller.
+        The padded lengths, ascending; each of ``lengths`` is padded to the first that is not smaller.
     """
     sizes, repeats = np.unique(lengths, return_counts=True)
     num_sizes = len(sizes)

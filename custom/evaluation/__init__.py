@@ -1,1 +1,1 @@
-"""What an encoder is worth: probes, metrics, statistics."""
+"""Measure encoders and segmentations: probes, scores, statistics."""

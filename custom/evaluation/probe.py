@@ -1,4 +1,4 @@
-"""What a frozen encoder knows: the same region found in another patient, and organs read off single tokens."""
+"""Probe a frozen encoder: can it find a region in another patient, and do its tokens tell organs apart?"""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from custom.errors import AliceError
+from custom.space import to_voxels, to_world
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # ours; relative to the features' mean v
 
 
 class Volumes(Protocol):
-    """What a probe asks of a collection of scans (a ``VolumeStore`` answers it)."""
+    """What a probe needs from a collection of scans; a ``VolumeStore`` provides it."""
 
     def affine(self, name: str) -> np.ndarray: ...
     def shape(self, name: str) -> tuple[int, int, int]: ...
@@ -44,7 +45,7 @@ class Retrieval(NamedTuple):
 
 
 class LinearProbe(NamedTuple):
-    """How well a ridge regression reads organ shares off frozen tokens."""
+    """How well a ridge regression predicts organ shares from frozen tokens."""
 
     correlation: float  # mean over organs of Pearson's r between true and predicted share per token
     by_organ: dict[int, float]
@@ -55,8 +56,8 @@ def region_points(
 ) -> tuple[dict[str, np.ndarray], str]:
     """A lattice of regions at the same anatomy of every scan.
 
-    Around the mean centroid of the organs that all scans have labelled, if there are such; else around the
-    centre of the body's box. The lattice spans half of the median body's extent (ours).
+    Its centre is the mean centroid of the organs that are labelled in all scans; without such organs it is
+    the centre of the body's box. The lattice spans half of the median extent of the bodies (ours).
 
     Returns:
         For every name the points (R, 3) in RAS mm, and ``labels`` or ``body``.
@@ -73,7 +74,7 @@ def region_points(
     anchors = _label_anchors(store, names)
     by = "labels" if anchors else "body"
     if not anchors:
-        anchors = {n: _to_world(store.affine(n), boxes[n].mean(axis=0)) for n in names}
+        anchors = {n: to_world(store.affine(n), boxes[n].mean(axis=0)) for n in names}
     return {n: anchors[n] + lattice for n in names}, by
 
 
@@ -84,7 +85,7 @@ def _label_anchors(store: Volumes, names: Sequence[str]) -> dict[str, np.ndarray
     for name in names:
         label = store.read_label_crop(name, (0, 0, 0), store.shape(name))
         centroids[name] = {
-            int(v): _to_world(store.affine(name), np.argwhere(label == v).mean(axis=0))
+            int(v): to_world(store.affine(name), np.argwhere(label == v).mean(axis=0))
             for v in np.unique(label)
             if v
         }
@@ -105,9 +106,9 @@ def region_retrieval(
 ) -> Retrieval:
     """Share of (region, patient, other patient) for which the other patient's nearest region is the same one.
 
-    A region is the mean token of the crop around its point; features are centred over all scans and regions
-    and compared by cosine. The meter to trust while training (spec 1.9): it tells a collapsed encoder from one
-    whose embedding merely has a small spread.
+    A region is the mean token of the crop around its point. Features are centred over all scans and regions
+    and compared by cosine. Trust this figure while training: a collapsed encoder fails it, while one whose
+    embeddings only have a small spread does not.
 
     Args:
         features: of a batch of crops.
@@ -118,7 +119,7 @@ def region_retrieval(
     regions = len(next(iter(points.values())))
     vectors = []
     for name in names:
-        voxels = np.rint(_to_voxels(store.affine(name), points[name])).astype(int)
+        voxels = np.rint(to_voxels(store.affine(name), points[name])).astype(int)
         crops = [
             _crop(store, name, voxel - np.array(crop_size) // 2, crop_size, window_hu) for voxel in voxels
         ]
@@ -175,7 +176,7 @@ def linear_probe(
 
     Args:
         fit, test: tables of :func:`token_table`, of different patients.
-        organs: labels to score; those that never occur in both are left out.
+        organs: labels to score; labels that do not occur in both tables are left out.
 
     Returns:
         Pearson's r by organ and its mean; the ridge is chosen on the last third of ``fit``.
@@ -234,14 +235,6 @@ def _crop(
     return torch.from_numpy(np.clip((crop.astype(np.float32) - low) / (high - low), 0, 1))[None]
 
 
-def _to_world(affine: np.ndarray, voxels: np.ndarray) -> np.ndarray:
-    return voxels @ affine[:3, :3].T + affine[:3, 3]
-
-
-def _to_voxels(affine: np.ndarray, points_mm: np.ndarray) -> np.ndarray:
-    return np.linalg.solve(affine[:3, :3], (points_mm - affine[:3, 3]).T).T
-
-
 class EncoderProbe:
     """Region retrieval, and with labels a linear probe, on a fixed set of held-back scans.
 
@@ -250,8 +243,8 @@ class EncoderProbe:
         names: held-back scans of at least two patients.
         crop_size, window_hu: as in training.
         device: where the encoder runs.
-        fit_names: scans the linear probe is fitted on; None fits on every second labelled patient of ``names``
-            and scores on the others.
+        fit_names: scans the linear probe is fitted on; None fits on every second labelled patient of
+            ``names`` and scores on the others.
         crops_per_scan: for the linear probe.
     """
 
@@ -310,7 +303,7 @@ class EncoderProbe:
 
 
 def encoder_probe(store: Volumes, names: Sequence[str], **options: object) -> EncoderProbe | None:
-    """A probe on the held-back scans, or None if they are of fewer than two patients."""
+    """A probe on the held-back scans; None if they come from fewer than two patients."""
     if len({store.patient(name) for name in names}) < 2:
         logger.warning(
             "No probe: it needs held-back scans of two patients, there are %d scan(s).", len(names)

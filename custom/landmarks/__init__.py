@@ -1,1 +1,1 @@
-"""The same anatomical point in another patient's scan."""
+"""Find the same anatomical point in another patient's scan."""

@@ -11,7 +11,7 @@ import torch
 
 from custom.data.store.volume_store import VolumeStore
 from custom.errors import AliceError
-from custom.landmarks.aligners.match import Aligner
+from custom.landmarks.aligners.protocol import Aligner
 from custom.methods.draws import Draws
 from custom.space import to_voxels, to_world
 

@@ -10,7 +10,7 @@ import torch
 
 from custom.data.store.volume_store import VolumeStore
 from custom.errors import AliceError
-from custom.landmarks.aligners.match import Aligner
+from custom.landmarks.aligners.protocol import Aligner
 from custom.methods.pairs import AlignedPair, Placement
 from custom.space import to_voxels, to_world
 

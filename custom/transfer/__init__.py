@@ -1,1 +1,1 @@
-"""Weights in and out, whole or not at all."""
+"""Load and save weights, completely or not at all."""

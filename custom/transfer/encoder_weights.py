@@ -1,9 +1,8 @@
-"""Encoder weights out of a run and into stock networks: all of them, or an error that names each one."""
+"""Save encoder weights and load them into stock networks: all tensors, or an error that names each misfit."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import pickle
@@ -26,6 +25,7 @@ from custom.encoders.nnformer import NNFormer
 from custom.encoders.positions import resize_positions
 from custom.errors import AliceError
 from custom.files import replacing, write_text
+from custom.landmarks.sam.weights import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -82,13 +82,14 @@ class LoadReport:
 def save_encoder(
     path: str | Path, encoder: nn.Module, metadata: dict[str, Any], half: bool = False
 ) -> dict[str, Any]:
-    """Write an encoder's state dict and what one must know to use it.
+    """Write an encoder's state dict and the metadata needed to use it.
 
     Args:
-        path: ``.safetensors``, or ``.pt`` for a plain state dict (with the metadata in a ``.json`` beside it).
+        path: ``.safetensors``, or ``.pt`` for a plain state dict (with the metadata in a ``.json`` beside
+            it).
         encoder: a network with MONAI's keys.
         metadata: plain values.
-        half: store float16, for a file of half the size; loading turns it back.
+        half: store float16, for a file of half the size; loading converts back to float32.
 
     Returns:
         The metadata as written, with format, versions and the sha256 of the weights.
@@ -100,7 +101,7 @@ def save_encoder(
     state = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
     if half:
         state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-    # of everything in the summary, the version that wrote this file is the one that counts for its keys
+    # monai_version is the version that writes this file, since the keys depend on it
     metadata = {**metadata, "format": FORMAT, "monai_version": monai.__version__, "sha256": sha256_of(state)}
     if path.suffix not in (".safetensors", ".pt"):
         raise WeightsError(
@@ -118,7 +119,7 @@ def save_encoder(
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict and metadata of a file that ``save_encoder`` wrote; nothing is unpickled but tensors.
+    """Read state dict and metadata of a file that ``save_encoder`` wrote; only tensors are unpickled.
 
     Raises:
         WeightsError: if the file is missing, damaged, altered, or of another kind.
@@ -131,7 +132,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 metadata = json.loads((file.metadata() or {}).get("alice", "{}"))
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
             if (beside := path.with_suffix(".json")).is_file():
@@ -149,7 +150,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         kind = (
             "a training checkpoint: use alice export RUN"
             if isinstance(state, dict) and "student" in state
-            else "no state dict"
+            else "something other than a state dict"
         )
         raise WeightsError(f"{path}: holds {kind}, not encoder weights.")
     if "sha256" in metadata and sha256_of(state) != metadata["sha256"]:
@@ -166,14 +167,15 @@ def load_encoder(
     grid: Sequence[int] | None = None,
     verbose: bool = True,
 ) -> LoadReport:
-    """Fill every tensor of a network's encoder from a file, or raise and change nothing.
+    """Fill every tensor of a network's encoder from a file; on any misfit raise an error and change nothing.
 
     Args:
-        network: stock ``UNETR``, ``ViT``, ``ViTAutoEnc``, ``SwinUNETR`` or ``SwinTransformer``; or ``NNFormer``.
-        path: as ``alice export`` writes it.
+        network: stock ``UNETR``, ``ViT``, ``ViTAutoEnc``, ``SwinUNETR`` or ``SwinTransformer``; or
+            ``NNFormer``.
+        path: file of ``alice export``.
         interpolate_positions: resize the position table if the network has another token grid.
         adapt_channels: repeat the first layer over more input channels, divided by their number.
-        grid: the network's tokens along x, y, z, where it does not know them itself (stock ViT).
+        grid: the network's tokens along x, y, z, for a network that does not know them itself (stock ViT).
         verbose: print the report.
 
     Returns:
@@ -223,10 +225,10 @@ def load_encoder(
 
 
 def build_encoder(metadata: dict[str, Any]) -> nn.Module:
-    """The encoder that a file's metadata describes, with fresh weights.
+    """Build the encoder that a file's metadata describes, with fresh weights.
 
     Raises:
-        WeightsError: if the metadata names no network of ours.
+        WeightsError: if the metadata names another network.
     """
     kinds: dict[str, type[nn.Module]] = {
         "MaskedViT": MaskedViT,
@@ -244,9 +246,9 @@ def resize_encoder(encoder: nn.Module, settings: dict[str, Any], img_size: Seque
     """A copy of the encoder for crops of another size: its position table interpolated, all else the same.
 
     Args:
-        encoder: as a run has it.
-        settings: the arguments it was built with, ``img_size`` and ``patch_size`` among them.
-        img_size: voxels along x, y, z of the crops it will see.
+        encoder: the encoder of a run.
+        settings: the arguments that it was built with, including ``img_size`` and ``patch_size``.
+        img_size: voxels along x, y, z of the new crops.
 
     Raises:
         WeightsError: for an encoder without a position table, or a size that its patches do not divide.
@@ -267,16 +269,6 @@ def resize_encoder(encoder: nn.Module, settings: dict[str, Any], img_size: Seque
     return resized
 
 
-def sha256_of(state: dict[str, Tensor]) -> str:
-    """Of names, shapes, types and bytes, in order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _encoder_of(network: nn.Module) -> tuple[nn.Module, tuple[int, ...] | None]:
     """The part of a network that pre-training fills, and its token grid if it knows it."""
     if isinstance(network, UNETR):
@@ -292,11 +284,11 @@ def _encoder_of(network: nn.Module) -> tuple[nn.Module, tuple[int, ...] | None]:
     if isinstance(network, NNFormer):
         return network.encoder, tuple(network.encoder.grid)
     known = "UNETR, ViT, ViTAutoEnc, SwinUNETR or NNFormer"
-    raise WeightsError(f"{type(network).__name__} is no network that an encoder fits: use {known}.")
+    raise WeightsError(f"{type(network).__name__} is not a network for these encoders: use {known}.")
 
 
 def _unlike_settings(network: nn.Module, settings: dict[str, Any]) -> list[str]:
-    """What differs without showing in any tensor's name or shape, so that a strict load would not notice."""
+    """Settings that differ although all names and shapes of tensors agree; a strict load would not notice."""
     faults = []
     swin = network.swinViT if isinstance(network, SwinUNETR) else network
     if isinstance(swin, SwinTransformer):
@@ -327,21 +319,21 @@ def _unlike_settings(network: nn.Module, settings: dict[str, Any]) -> list[str]:
 
 def _merging_of(swin: SwinTransformer) -> str:
     merging = swin.layers1[0].downsample
-    if isinstance(merging, PatchMerging):  # a subclass of the next: only the order of the octants differs
+    if isinstance(merging, PatchMerging):  # a subclass of the next, with another order of octants
         return "merging"
     return "mergingv2" if isinstance(merging, PatchMergingV2) else type(merging).__name__
 
 
 def _encoder_tensors(network: nn.Module, encoder: nn.Module) -> dict[str, Tensor]:
     decoder = ("conv3d_transpose",) if isinstance(network, ViTAutoEnc) else ()
-    classifier = ("cls_token", "classification_head")  # of a ViT that classifies; no part of the encoder
+    classifier = ("cls_token", "classification_head")  # of a ViT that classifies; not part of the encoder
     return {k: v for k, v in encoder.state_dict().items() if not k.startswith((*decoder, *classifier))}
 
 
 def _without_unused(
     state: dict[str, Tensor], wanted: dict[str, Tensor], report: LoadReport
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Leave out cross-attention tensors: MONAI versions differ in having them, and a plain ViT never uses them."""
+    """Leave out cross-attention tensors: only some versions of MONAI have them, and a plain ViT never uses them."""
     report.unused = sorted({k for k in (*state, *wanted) if "cross_attn" in k})
     return ({k: v for k, v in d.items() if "cross_attn" not in k} for d in (state, wanted))  # type: ignore[return-value]
 
@@ -382,7 +374,7 @@ def _fit_positions(
     if list(grid) == from_grid:
         return table, ""
     if not allowed:
-        # equal counts on unlike grids (12x12x4 and 8x8x9) must not pass for the same table
+        # grids such as 12x12x4 and 8x8x9 have equally many tokens, but need different tables
         return (
             None,
             f" (token grid {from_grid} in the file, {list(grid)} here: pass interpolate_positions=True)",

@@ -1,4 +1,4 @@
-"""The authors' checkpoints: SAM and Alice's nnFormer, loaded whole or not at all, without unpickling code."""
+"""Load the authors' checkpoints of SAM and Alice's nnFormer: completely or not at all, running no code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Role: TypeAlias = Literal["student", "teacher"]
 ROLES = ("student", "teacher")
 Rules: TypeAlias = "tuple[tuple[str, str], ...]"
 
-# From our names to the authors', each rule applied in turn. Names no rule touches are the same in both.
+# From our names to the authors'; all rules are applied in turn. Names that no rule matches are the same.
 SAM_NAMES: Rules = (
     (r"^stem\.", r"backbone.conv1."),
     (r"^layer(\d)\.", r"backbone.layer\1."),
@@ -55,9 +55,9 @@ class OfficialWeights:
     """What was read from one of the authors' files.
 
     Attributes:
-        state: float32 tensors under our names, complete for the network but for what ``notes`` says.
-        ignored: the file's keys that are no part of the network, without wrappers and their prefixes.
-        notes: what a user should know, as sentences.
+        state: float32 tensors under our names; complete, except for what ``notes`` says.
+        ignored: keys of the file that are not part of the network, without wrappers and their prefixes.
+        notes: sentences for the user.
     """
 
     state: dict[str, Tensor]
@@ -66,7 +66,7 @@ class OfficialWeights:
 
 
 def load_sam(path: str | PathLike[str]) -> SAM:
-    """SAM with the weights of an official ``SAM.pth``, in evaluation mode.
+    """Load SAM with the weights of an official ``SAM.pth``, in evaluation mode.
 
     Args:
         path: file written by mmcv, or a state dict; UAE-S files load without their semantic head.
@@ -76,19 +76,14 @@ def load_sam(path: str | PathLike[str]) -> SAM:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no such checkpoint, or not all of it fits; every key that does not is named.
+        ValueError: if the file is not such a checkpoint, or if a key does not fit; all such keys are named.
     """
     model = SAM()
     weights = _read_sam(path, model)
-    model.load_state_dict(weights.state, strict=False)  # only counters may be missing, as was seen to
+    model.load_state_dict(weights.state, strict=False)  # only counters may be missing: see _read_sam
     _log(path, weights)
     model.eval().weights_sha256 = sha256_of_file(path)
     return model
-
-
-def read_sam(path: str | PathLike[str]) -> OfficialWeights:
-    """The weights for ``SAM()`` and what else the file holds; arguments and errors as :func:`load_sam`."""
-    return _read_sam(path, SAM())
 
 
 def _read_sam(path: str | PathLike[str], model: SAM) -> OfficialWeights:
@@ -97,7 +92,7 @@ def _read_sam(path: str | PathLike[str], model: SAM) -> OfficialWeights:
     kind = _kind(found)
     if kind != "sam":
         raise AliceError(_not_that(path, "SAM checkpoint", kind, found))
-    # a different architecture is said so before a hundred keys are listed
+    # name a different architecture at once, instead of listing a hundred keys
     for key, shape in {
         "backbone.conv1.conv.weight": (64, 1, 3, 7, 7),
         "read_out_head.lateral_convs.0.conv.weight": (128, 512, 1, 1, 1),
@@ -105,7 +100,7 @@ def _read_sam(path: str | PathLike[str], model: SAM) -> OfficialWeights:
         if key in found and tuple(found[key].shape) != shape:
             raise AliceError(
                 f"{path}: {key} has shape {tuple(found[key].shape)}, the published SAM has {shape}. "
-                "Only its width of 64 loads here; a compact network of our own is loaded by its own bundle."
+                "Only a width of 64 loads here; load a compact network from the file that its bundle wrote."
             )
 
     notes = []
@@ -124,27 +119,27 @@ def load_alice_nnformer(
     network: Role = "student",
     position_embedding: PositionEmbedding = "learnable",
 ) -> NNFormer:
-    """Alice's nnFormer with the authors' weights: encoder and decoder, and the heads where the file has them.
+    """Load Alice's nnFormer with the authors' weights: encoder, decoder, and the heads if the file has them.
 
-    The position table the authors' network adds to its tokens is random and in none of their files, so that
-    their network cannot be restored exactly by anyone. Here it starts at zero (``"learnable"``: the network
-    then equals one without a table until it is trained), at sines and cosines (``"sincos"``), or is left out
+    The authors' network adds a random position table to its tokens, and none of their files holds it. So
+    nobody can restore their network exactly. Here the table starts at zero (``"learnable"``: until it is
+    trained, the network equals one without a table), at sines and cosines (``"sincos"``), or is left out
     (``"none"``).
 
     Args:
         path: training file ``checkpoint*.pth``, a file of ``extract_backbone_weights.py``, or a state dict.
         network: which network of a training file.
-        position_embedding: what stands in for the lost table.
+        position_embedding: what replaces the lost table.
 
     Returns:
         The network, on the CPU, in evaluation mode.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no such checkpoint, or not all of it fits; every key that does not is named.
+        ValueError: if the file is not such a checkpoint, or if a key does not fit; all such keys are named.
 
     Warns:
-        UserWarning: that the position table had to be made anew.
+        UserWarning: if the position table had to be replaced.
     """
     weights = read_alice_nnformer(path, network=network)
     model = NNFormer(position_embedding=position_embedding, relative_index="official")
@@ -173,7 +168,7 @@ def load_alice_nnformer(
 
 
 def read_alice_nnformer(path: str | PathLike[str], *, network: Role = "student") -> OfficialWeights:
-    """The weights for the default ``NNFormer`` with the official index, and what else the file holds.
+    """Read the weights for the default ``NNFormer`` with the official index, and what else the file holds.
 
     Arguments and errors as :func:`load_alice_nnformer`.
     """
@@ -195,7 +190,7 @@ def read_alice_nnformer(path: str | PathLike[str], *, network: Role = "student")
     ignored = [key for key in found if key.startswith("head.")]
     if ignored:
         notes.append(
-            f"The projection head ({len(ignored)} tensors) is no part of the network and is ignored."
+            f"The projection head ({len(ignored)} tensors) is not part of the network and is ignored."
         )
     reference = NNFormer(position_embedding="none", relative_index="official")
     wanted = reference.state_dict()
@@ -208,7 +203,7 @@ def read_alice_nnformer(path: str | PathLike[str], *, network: Role = "student")
         optional = {name for name in wanted if name.startswith("final.")}
         notes.append("The file has no final.* heads: they keep their random first values.")
 
-    # the index is a formula, so it is compared, not loaded
+    # the index follows from a formula, so it is compared instead of loaded
     for name, index in reference.named_buffers():
         if name.endswith(".relative_position_index"):
             key = _rename(name, ALICE_NAMES)
@@ -225,34 +220,34 @@ def read_alice_nnformer(path: str | PathLike[str], *, network: Role = "student")
 
 
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, object]:
-    """A checkpoint's dictionary, tensors on the CPU; no class is unpickled but ``argparse.Namespace``.
+    """Read the dictionary of a checkpoint, tensors on the CPU; unpickles no class but ``argparse.Namespace``.
 
-    A Namespace (the authors' training files hold their command line in one) only carries values and runs
-    nothing.
+    A Namespace only carries values and runs no code; the authors' training files hold their command line in
+    one.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read, holds classes, or no dictionary.
+        ValueError: if it cannot be read, holds other classes, or is not a dictionary.
     """
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"There is no checkpoint file {path}.")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on files it then refuses
+            warnings.simplefilter("ignore")  # torch's warnings about files that it then refuses
             content = torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # torch answers a damaged file with nearly any exception
+    except Exception as error:  # a damaged file can cause nearly any exception in torch
         blocked = _blocked_classes(file, error)
         if blocked:
             raise AliceError(
-                f"{path} holds more than weights: {', '.join(blocked)}. Loading that would run code of "
-                "the file's, so it is not done here. On a machine where you trust the file, save the weights "
-                "alone, and load weights.pth:\n" + _resave_command(path)
+                f"{path} holds more than weights: {', '.join(blocked)}. Loading them would run code "
+                "from the file, so it is refused. If you trust the file, save only its weights with this command, and "
+                "load weights.pth:\n" + _resave_command(path)
             ) from error
         raise AliceError(
-            f"{path} is no checkpoint that torch can read; it may be truncated, or of another kind "
+            f"{path} is not a checkpoint that torch can read; it may be truncated, or of another kind "
             f"({file.stat().st_size} bytes). Fetch it again."
         ) from error
     if not isinstance(content, Mapping):
@@ -261,11 +256,11 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, object]:
 
 
 def _blocked_classes(file: Path, error: Exception) -> list[str]:
-    """What torch refused a file for, by name; nothing if it refused for another reason."""
+    """The names of the classes for which torch refused a file; empty if it refused for another reason."""
     if not isinstance(error, pickle.UnpicklingError):
         return []
     names = set(re.findall(r"GLOBAL ([\w.]+)", str(error)))
-    with suppress(Exception):  # knows the zip format only; the message names at least the first
+    with suppress(Exception):  # reads only the zip format; the message names at least the first class
         names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))
     return sorted(names - {"argparse.Namespace"})
 
@@ -280,7 +275,7 @@ def _resave_command(path: object) -> str:
 
 
 def _unwrap(content: dict[str, object], wrappers: Iterable[str]) -> dict[str, object]:
-    """Descend into wrapping dictionaries; empty ones are passed over, as the authors' script writes one."""
+    """Descend into wrapping dictionaries; skip empty ones, since the authors' script writes one."""
     wrappers = tuple(wrappers)
     for _ in range(len(wrappers)):
         for wrapper in wrappers:
@@ -336,7 +331,7 @@ def _not_that(path: object, wanted: str, kind: str, found: Mapping[str, Tensor])
             "Self-supervised Anatomical eMbedding (Yan et al., TMI 2022)."
         ),
     }
-    return f"{path} is no {wanted}. {answers.get(kind, '')} Its first keys are {_first(found)}.".replace(
+    return f"{path} is not a {wanted}. {answers.get(kind, '')} Its first keys are {_first(found)}.".replace(
         "  ", " "
     )
 
@@ -358,7 +353,7 @@ def _match(
     optional: set[str],
     path: object,
 ) -> dict[str, Tensor]:
-    """The file's tensors under our names, complete, or an error that names every key that does not fit."""
+    """The file's tensors under our names, all of them; or an error that names every key that does not fit."""
     missing = [table[name] for name in wanted if table[name] not in found and name not in optional]
     unexpected = sorted(set(found) - set(table.values()) - set(ignored))
     state = {name: found[table[name]] for name in wanted if table[name] in found}

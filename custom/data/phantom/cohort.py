@@ -22,14 +22,14 @@ from custom.data.phantom.imaging import PHASES, acquire
 from custom.data.phantom.organs import paint_organs
 from custom.data.phantom.placement import COVERAGES, add_arms_and_table, place_scan
 from custom.data.phantom.pose import draw_pose, sample_knots, spread_knots
-from custom.data.phantom.shapes import FLARE_ORGANS, LABEL_OF_TISSUE, ORGANS_OF, Canvas
+from custom.data.phantom.shapes import FLARE22_ORGANS, LABEL_OF_TISSUE, ORGANS_OF, Canvas
 from custom.data.phantom.surroundings import paint_surroundings
 from custom.errors import AliceError
 from custom.files import replacing, write_text
 
 __all__ = [
     "COVERAGES",
-    "FLARE_ORGANS",
+    "FLARE22_ORGANS",
     "PHASES",
     "FoundPoints",
     "Phantom",

@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline
 from scipy.spatial import cKDTree
 
-FLARE_ORGANS = ("liver", "right kidney", "spleen", "pancreas", "aorta", "inferior vena cava", "right adrenal gland",
-                "left adrenal gland", "gallbladder", "esophagus", "stomach", "duodenum", "left kidney")  # fmt: skip
-"""The organs of FLARE22 in label order: ``FLARE_ORGANS[i]`` has label ``i + 1``."""
+from custom.data.organs import BTCV_ORGANS, FLARE22_ORGANS
 
 Array = NDArray[Any]  # of floats; float32 if it covers a scan
 Shape = Callable[[Array, Array, Array], Array]
@@ -69,9 +67,6 @@ class Tissue(IntEnum):
     TABLE = 43
 
 
-BTCV_ORGANS = ("spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
-               "inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal gland",
-               "left adrenal gland")  # fmt: skip
 _BTCV_TISSUES = (Tissue.SPLEEN, Tissue.RIGHT_KIDNEY, Tissue.LEFT_KIDNEY, Tissue.GALLBLADDER, Tissue.ESOPHAGUS,
                  Tissue.LIVER, Tissue.STOMACH, Tissue.AORTA, Tissue.VENA_CAVA, Tissue.PORTAL_VEIN, Tissue.PANCREAS,
                  Tissue.RIGHT_ADRENAL, Tissue.LEFT_ADRENAL)  # fmt: skip
@@ -93,7 +88,7 @@ def _label_table(organs: Sequence[Tissue]) -> NDArray[np.uint8]:
 
 
 LABEL_OF_TISSUE = {"flare22": _label_table(list(Tissue)[1:14]), "btcv": _label_table(_BTCV_TISSUES)}
-ORGANS_OF = {"flare22": FLARE_ORGANS, "btcv": BTCV_ORGANS}
+ORGANS_OF = {"flare22": FLARE22_ORGANS, "btcv": BTCV_ORGANS}
 
 
 class Canvas:

@@ -1,4 +1,4 @@
-"""Two runs compared, printed and written down."""
+"""Compare two runs: the tables as Markdown, and a page."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from custom.errors import AliceError
 from custom.evaluation.compare.page import comparison_page
 from custom.evaluation.compare.run_files import cases_in_words, read_run, refuse_other_cases
 from custom.evaluation.compare.worst_cases import Pictures, worst_overlays
+from custom.evaluation.statistics.markdown import HOW, markdown_text, to_markdown
 from custom.evaluation.statistics.paired_rows import Row
-from custom.evaluation.statistics.statistics import compare
-from custom.evaluation.statistics.tables import HOW, markdown_text, to_markdown
+from custom.evaluation.statistics.per_organ import compare
 from custom.files import write_text
 
 METRICS = ("dsc", "nsd", "hd95")
@@ -44,21 +44,21 @@ def compare_runs(
     """Compare run B with run A.
 
     Args:
-        a: CSV of :func:`custom.evaluation.scores.rows.write_rows`, or a folder holding one per fold.
+        a: CSV of :func:`custom.evaluation.scores.csv_rows.write_rows`, or a folder holding one per fold.
         b: the same of the other run.
         output: folder for comparison.md and index.html; None writes nothing.
         metrics: columns to compare; by default those of :data:`METRICS` that both runs measured.
-        name_a: what A is; by default the part of its path that differs from B's.
-        name_b: the same of B.
-        common: leave out (and count) what only one run scored, instead of refusing.
+        name_a: name of A; by default the part of its path that differs from B's.
+        name_b: name of B.
+        common: leave out (and count) what only one run scored; otherwise that is refused.
         pictures: shows the worst cases.
-        worst: how many.
+        worst: number of worst cases to show.
         seed: of the bootstrap.
-        draws: how many.
+        draws: number of the bootstrap's draws.
 
     Raises:
-        ValueError: as :func:`read_run` and :func:`custom.evaluation.statistics.statistics.compare`; if the runs differ in
-            cases and ``common`` is False; or a picture is missing.
+        ValueError: as :func:`read_run` and :func:`custom.evaluation.statistics.per_organ.compare`; if the
+            runs differ in cases and ``common`` is False; or a picture is missing.
     """
     rows_a, rows_b = read_run(a), read_run(b)
     if not common:
@@ -75,11 +75,11 @@ def compare_runs(
     names = _run_names(Path(a), Path(b))
     name_a, name_b = name_a or names[0], name_b or names[1]
     title = f"# {markdown_text(name_b)} against {markdown_text(name_a)}\n"
-    said = f"{markdown_text(' '.join(cases_in_words(rows_a, rows_b)))}\n"
+    cases = f"{markdown_text(' '.join(cases_in_words(rows_a, rows_b)))}\n"
     texts = [
         to_markdown(lines, name_a=name_a, name_b=name_b, metric=m, how=False) for m, lines in tables.items()
     ]
-    markdown = "\n".join([title, said, *texts, HOW, ""])
+    markdown = "\n".join([title, cases, *texts, HOW, ""])
     if output is None:
         return Compared(markdown, [])
     overlays = worst_overlays(rows_a, rows_b, pictures, worst) if pictures else []

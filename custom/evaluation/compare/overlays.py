@@ -1,4 +1,4 @@
-"""A segmentation over its scan, on the slice where it matters."""
+"""Draw segmentations over their scan, on the slice where they differ most."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 _REFERENCE_RGB, _PREDICTION_RGB = (0.30, 0.85, 0.45), (1.0, 0.45, 0.75)
-_MARGIN_MM, _LEAST_FIELD_MM = 25.0, 120.0  # an adrenal gland keeps its surroundings (ours)
+_MARGIN_MM, _LEAST_FIELD_MM = 25.0, 120.0  # so that even a small organ is shown with its surroundings (ours)
 
 
 @dataclass(frozen=True)
 class Overlay:
-    """A case worth a look: one organ on one slice, the reference and both predictions.
+    """A case to show: one organ of a scan, with the reference and both predictions.
 
     Attributes:
         caption: the case, the organ and its scores.
@@ -35,7 +35,7 @@ class Overlay:
 
 
 def overlay_pictures(overlay: Overlay) -> tuple[int, list[NDArray[np.float64]]]:
-    """The slice that is worst, and it in colours (H, W, 3) with A's and with B's outline, cut to the organ."""
+    """The worst slice, and pictures (H, W, 3) of it around the organ: one with A's outline, one with B's."""
     masks = [
         np.asarray(m, dtype=bool) for m in (overlay.reference, overlay.prediction_a, overlay.prediction_b)
     ]
@@ -46,7 +46,7 @@ def overlay_pictures(overlay: Overlay) -> tuple[int, list[NDArray[np.float64]]]:
 
 
 def worst_slice(reference: ArrayLike, *predictions: ArrayLike) -> int:
-    """The axial slice with most voxels on which a prediction and the reference differ."""
+    """The axial slice where predictions and reference differ in most voxels."""
     masks = [np.asarray(mask, dtype=bool) for mask in (reference, *predictions)]
     differing = [(masks[0] ^ mask).sum(axis=(0, 1)) for mask in masks[1:]]
     # where nothing differs, show the organ's largest slice
@@ -71,7 +71,7 @@ def field_around(mask: NDArray[np.bool_], spacing: Sequence[float]) -> tuple[sli
 def axial_overlay(
     image: ArrayLike, reference: ArrayLike, prediction: ArrayLike, spacing: Sequence[float] = (1.0, 1.0)
 ) -> NDArray[np.float64]:
-    """A slice as radiologists hold it, with the outlines of reference (green) and prediction (pink).
+    """A slice as radiologists view it, with the outlines of reference (green) and prediction (pink).
 
     Args:
         image: intensities in [0, 1] (X, Y), x towards Right and y Anterior.

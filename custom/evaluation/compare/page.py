@@ -1,4 +1,4 @@
-"""The page of ``alice compare``: what differs, how surely, and what it looks like."""
+"""The page of ``alice compare``: intervals, box plots, tables, and the worst cases."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from matplotlib.patches import Patch, Rectangle
 
 from custom.evaluation.compare.overlays import Overlay, overlay_pictures
 from custom.evaluation.compare.run_files import cases_in_words
-from custom.evaluation.statistics.statistics import OVERALL, Comparison
-from custom.evaluation.statistics.tables import COLUMNS, HOW, METRIC_NAMES, table_cells
+from custom.evaluation.statistics.markdown import COLUMNS, HOW, METRIC_NAMES, table_cells
+from custom.evaluation.statistics.per_organ import OVERALL, Comparison
 from custom.report import COLOUR_A, COLOUR_B, Page
 
 
@@ -32,8 +32,8 @@ def comparison_page(
         tables: ``{metric: compare(rows_a, rows_b, metric)}``.
         rows_a: the rows themselves, for the box plots.
         rows_b: the same of run B.
-        name_a: what run A is.
-        name_b: what run B is.
+        name_a: name of run A.
+        name_b: name of run B.
         overlays: cases to show, worst first.
     """
     page = Page(f"{name_b} against {name_a}", f"A is {name_a}, B is {name_b}. Differences are B - A.")
@@ -72,7 +72,7 @@ def comparison_page(
         worst, pictures = overlay_pictures(overlay)
         runs = (f"A ({name_a})", f"B ({name_b})")
         page.gallery(list(zip(pictures, runs, strict=True)), f"{overlay.caption}, slice {worst}")
-    return page.section("How these numbers came about").text(HOW)
+    return page.section("How these numbers were computed").text(HOW)
 
 
 def difference_figure(lines: Sequence[Comparison], metric: str) -> Figure:
@@ -122,7 +122,7 @@ def box_figure(
             )
             axes.add_patch(box)
             axes.plot((median, median), (middle - 0.15, middle + 0.15), color=colour, linewidth=2.2)
-            # spread over the box's width, in an order that is the same in every drawing
+            # spread over the box's width, in the same way in every drawing
             offsets = 0.11 * np.sin(2.4 * np.arange(len(scores)))
             axes.plot(scores, middle + offsets, ".", color=colour, markersize=4, alpha=0.7)
     axes.set_yticks(range(len(organs)), organs)
@@ -132,5 +132,5 @@ def box_figure(
     handles = [Patch(color=COLOUR_A, label=f"A: {name_a}"), Patch(color=COLOUR_B, label=f"B: {name_b}")]
     legend = figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a dollar in a name is a dollar
+        text.set_parse_math(False)  # show a dollar sign in a name as it is
     return figure

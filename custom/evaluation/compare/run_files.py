@@ -1,4 +1,4 @@
-"""The rows of a run from its files: one, or one per fold and seed; and whether two runs are of the same cases."""
+"""Read the rows of a run from one or several files, and check that two runs have the same cases."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from custom.errors import AliceError
-from custom.evaluation.scores.rows import read_rows
+from custom.evaluation.scores.csv_rows import read_rows
 from custom.evaluation.statistics.paired_rows import Pair, Row, key_of
-from custom.evaluation.statistics.statistics import merge_folds
+from custom.evaluation.statistics.per_organ import merge_folds
 
 _NAMED = {
     key: re.compile(rf"(?:^|[/\\_\-.]){key}[_\-]?(\d+)(?!\d)", re.IGNORECASE) for key in ("fold", "seed")
@@ -21,8 +21,8 @@ _NAMED = {
 def read_run(source: str | Path) -> list[dict[str, Any]]:
     """The rows of a run: one CSV, or a folder of them, one per fold (and seed).
 
-    Rows without a ``fold`` take the number after ``fold`` in their file's path, else the file's place in the
-    sorted list; rows without a ``seed`` take that after ``seed``, if all paths have one.
+    Rows without a ``fold`` take the number after ``fold`` in their file's path, or else the file's place in
+    the sorted list. Rows without a ``seed`` take the number after ``seed``, if all paths have one.
 
     Raises:
         ValueError: if there is no such file, it holds no rows of scores, or two folds hold a case.
@@ -53,7 +53,7 @@ def read_run(source: str | Path) -> list[dict[str, Any]]:
 
 
 def refuse_other_cases(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> None:
-    """Raise ValueError, naming them, if a case, or an organ of a case, is in one run only."""
+    """Raise ValueError if only one of the runs has a case, or an organ of a case; the message names them."""
     keys_a, keys_b = ({key_of(row) for row in rows} for rows in (rows_a, rows_b))
     alone = {"A": keys_a - keys_b, "B": keys_b - keys_a}
     said = [f"only in {run}: {_listed(keys)}" for run, keys in alone.items() if keys]
@@ -72,7 +72,7 @@ def refuse_other_cases(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> None:
 
 
 def cases_in_words(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> list[str]:
-    """What two runs are over, a sentence each: cases, folds, seeds, and by name what failed or is left out."""
+    """Sentences about the cases of two runs: how many cases, folds and seeds, and which failed or are left out."""
     keys_a, keys_b = ({key_of(row) for row in rows} for rows in (rows_a, rows_b))
     shared = [row for row in rows_a if key_of(row) in keys_b]
     over = [f"{len({row['case'] for row in shared})} cases in both runs"]
@@ -99,7 +99,7 @@ def _is_score_file(path: Path) -> bool:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """fold2 before fold10."""
+    """Sort key that puts fold2 before fold10."""
     return [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", str(path))]
 
 

@@ -1,4 +1,4 @@
-"""The worst cases of two runs, read from their files to be looked at."""
+"""Read the worst cases of two runs from their files, to show them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from custom.evaluation.scores.case_files import (
     refuse_other_grid,
 )
 from custom.evaluation.statistics.paired_rows import Row, key_of
-from custom.evaluation.statistics.statistics import worst_rows
+from custom.evaluation.statistics.per_organ import worst_rows
 
 WINDOW_HU = (-175.0, 250.0)  # the segmentation recipes' window
 
@@ -38,10 +38,11 @@ class Pictures:
 
 
 def make_pictures(output: str | Path | None, **folders: str | Path | None) -> Pictures | None:
-    """The folders of :class:`Pictures`, all or none.
+    """Make :class:`Pictures` from its folders; None if no folder is given.
 
     Raises:
-        ValueError: naming those that are missing, or if there is no ``output`` page to show them.
+        ValueError: if only some folders are given, naming the others, or if there is no ``output`` for the
+            page.
     """
     missing = [f"--{name}" for name, folder in folders.items() if folder is None]
     if len(missing) == len(folders):
@@ -94,7 +95,7 @@ def worst_overlays(
 
 
 def _mask(path: Path | None, truth: Volume, label: int) -> NDArray[np.bool_]:
-    """Where a file has the label; nowhere if there is no file."""
+    """True where a file has the label; all False if there is no file."""
     if path is None:
         return np.zeros(truth.voxels.shape, bool)
     volume = truth if path == truth.path else read_case_file(path)
@@ -103,12 +104,12 @@ def _mask(path: Path | None, truth: Volume, label: int) -> NDArray[np.bool_]:
 
 
 def _canonical(voxels: NDArray, affine: NDArray[np.float64]) -> NDArray:
-    """Axes towards Right, Anterior and Superior, as near as flips and swaps come."""
+    """Flip and swap axes until they point towards Right, Anterior and Superior as closely as possible."""
     return nib.apply_orientation(voxels, nib.io_orientation(affine))
 
 
 def _window(volume: NDArray) -> NDArray[np.float32]:
-    """HU seen through the abdomen's window; anything else between its 1st and 99th percentile."""
+    """HU in the abdomen's window; other intensities between their 1st and 99th percentile."""
     low, high = WINDOW_HU if volume.min() < -200 else np.percentile(volume, (1, 99))
     return np.clip((volume.astype(np.float32) - low) / max(high - low, 1e-6), 0, 1)
 

@@ -1,4 +1,4 @@
-"""Which file belongs to which case, and its voxels on the grid they were drawn on."""
+"""Match files to cases, and read their voxels on their own grid."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from custom.data.errors import ScanError
 from custom.data.scans import IMAGE_SUFFIXES, is_label, list_scans, read_volume, stem
 from custom.errors import AliceError
 
-# what MONAI's SaveImaged, challenges and hands add to a case's name
+# what MONAI's SaveImaged, challenges and people add to a case's name
 _POSTFIX = re.compile(r"[_\-.](trans|seg|segmentation|pred|prediction|labels?|mask)$", re.IGNORECASE)
 _PREFIX = re.compile(r"^(img|image|labels?|mask|pred)[_\-]?(?=\d)", re.IGNORECASE)
-# nnU-Net's first channel, as FLARE22 names its images, and what else images are called
+# endings of image names: nnU-Net's first channel, which FLARE22 uses as well, and common words
 _IMAGE_TAIL = re.compile(r"_(0000|ct|image|img)$", re.IGNORECASE)
-_GRID_TOLERANCE = 0.05  # of a voxel, at the corners: headers hold float32, and quaternions round (ours)
+_GRID_TOLERANCE = 0.05  # of a voxel, at the corners; headers hold float32 and rounded quaternions (ours)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A label map to be scored against; ``names`` are what a prediction of the case may be called."""
+    """A label map to score against; ``names`` are the names that a prediction of the case may have."""
 
     case: str
     path: Path
@@ -45,13 +45,11 @@ class Volume:
 
 
 def possible_cases(path: Path) -> list[str]:
-    """What case a file may belong to, likeliest first: its name, then without what is added to names."""
+    """Cases that a file may belong to, likeliest first: its name, then shorter forms of it."""
     names = [stem(path)]
     while (shorter := _POSTFIX.sub("", names[-1])) != names[-1]:
         names.append(shorter)
-    names += [
-        _IMAGE_TAIL.sub("", name) for name in names
-    ]  # a case's own number may be 0000, so this comes late
+    names += [_IMAGE_TAIL.sub("", name) for name in names]  # late, since a case may be called 0000 itself
     names += [_PREFIX.sub("", name) for name in names]
     return list(dict.fromkeys(name for name in names if name))
 
@@ -59,11 +57,11 @@ def possible_cases(path: Path) -> list[str]:
 def find_references(source: str | Path) -> list[Reference]:
     """Label maps of a folder, a datalist, or one file, sorted by case.
 
-    A folder that holds images as well gives its labels (``labelsTr/``, ``*_seg.nii.gz`` and the like). A
-    datalist's ``fold`` is kept.
+    If a folder also holds images, only its labels are taken (``labelsTr/``, ``*_seg.nii.gz`` and similar).
+    The ``fold`` of a datalist is kept.
 
     Raises:
-        ValueError: if there is none, or two files are of one case.
+        ValueError: if there is none, or two files belong to the same case.
     """
     source = Path(source).expanduser()
     if source.suffix == ".json":
@@ -85,18 +83,19 @@ def find_references(source: str | Path) -> list[Reference]:
 def match_files(
     folder: str | Path, references: Sequence[Reference], images: bool = False
 ) -> tuple[dict[str, Path], list[Path]]:
-    """The file of each case, searched recursively.
+    """Find the file of each case, also in subfolders.
 
     Args:
-        folder: of predictions, as MONAI's SaveImaged writes them with or without a folder per case; or one file.
+        folder: of predictions, as MONAI's SaveImaged writes them with or without a folder per case; or one
+            file.
         references: the cases.
-        images: look for the scans instead; label maps in between are passed over.
+        images: look for scans instead; label maps are skipped.
 
     Returns:
-        ``{case: file}`` without the cases that have none, and the files of no case.
+        ``{case: file}`` for the cases that have a file, and the files that belong to no case.
 
     Raises:
-        ValueError: if no file is of any case, or two are of one.
+        ValueError: if no file belongs to a case, or two belong to the same one.
     """
     folder = Path(folder).expanduser()
     files = [path for path in _files(folder) if not (images and is_label(path))]
@@ -128,7 +127,7 @@ def read_case_file(path: Path) -> Volume:
     voxels, affine = read_volume(path)
     spacing = tuple(float(step) for step in nib.affines.voxel_sizes(affine))
     if path.name.lower().endswith((".nii", ".nii.gz")):
-        # FLARE22's evaluation takes the zooms, and a surface at the tolerance feels their last digit
+        # FLARE22's evaluation uses the zooms; their last digit matters to a surface exactly at the tolerance
         zooms = tuple(float(step) for step in nib.load(path).header.get_zooms()[:3])
         if not np.allclose(zooms, spacing, rtol=1e-3):
             raise ScanError(
@@ -140,7 +139,7 @@ def read_case_file(path: Path) -> Volume:
 
 
 def refuse_other_grid(volume: Volume, reference: Volume) -> None:
-    """Raise ValueError, naming both files, unless they lie on one grid."""
+    """Raise ValueError, naming both files, unless they lie on the same grid."""
     if volume.voxels.shape != reference.voxels.shape:
         raise ScanError(
             f"{volume.path} has shape {volume.voxels.shape}, {reference.path} has {reference.voxels.shape}; "
@@ -151,7 +150,7 @@ def refuse_other_grid(volume: Volume, reference: Volume) -> None:
     apart_mm = float(np.abs(moved - nib.affines.apply_affine(reference.affine, corners)).max())
     if apart_mm > _GRID_TOLERANCE * min(reference.spacing):
         raise ScanError(
-            f"{volume.path} and {reference.path} have one shape but lie up to {apart_mm:.3g} mm apart (origin, "
+            f"{volume.path} and {reference.path} have the same shape but lie up to {apart_mm:.3g} mm apart (origin, "
             "spacing or direction differ); write predictions with the original image's affine."
         )
 
@@ -173,13 +172,13 @@ def with_folds(references: Sequence[Reference], split: str | Path) -> list[Refer
     """The references with the folds of a bundle's folds.json, ``{"folds": [[case, ...], ...]}``.
 
     Raises:
-        ValueError: if the file is no such split, or a case is in none of its folds or in two.
+        ValueError: if the file is not such a split, or a case is in none of its folds or in two.
     """
     try:
         folds = json.loads(Path(split).read_text(encoding="utf-8"))["folds"]
         listed = [(str(case), fold) for fold, cases in enumerate(folds) for case in cases]
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise AliceError(f'{split}: no split, {{"folds": [[case, ...], ...]}} ({error!r}).') from error
+        raise AliceError(f'{split}: not a split, {{"folds": [[case, ...], ...]}} ({error!r}).') from error
     home = dict(listed)
     if twice := sorted(case for case, fold in listed if home[case] != fold):
         raise AliceError(f"{split}: in two folds: {', '.join(twice)}; a case is held back once.")
@@ -215,6 +214,6 @@ def _refuse_doubles(pairs: Iterable[tuple[str, Path]]) -> None:
     for case, path in pairs:
         if case in first:
             raise ScanError(
-                f"{first[case]} and {path} are both of case {case!r}. Keep one of them, or name them after their patients."
+                f"{first[case]} and {path} both belong to case {case!r}. Keep one of them, or name them after their patients."
             )
         first[case] = path

@@ -1,4 +1,4 @@
-"""Arrays on their way into a score: checked, refused by name, and cut to the box that matters."""
+"""Check label maps and masks before they are scored, and crop them to what matters."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from custom.evaluation.scores.rules import ScoringRule
 
 
 def _array(values: Any) -> NDArray[Any]:
-    """Numpy from numpy, lists or torch on any device."""
+    """A numpy array from numpy, lists, or torch on any device."""
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
 def refuse_other_shape(prediction: NDArray[Any], reference: NDArray[Any]) -> None:
-    """Two volumes (X, Y, Z) of one shape, or ValueError."""
+    """Raise ValueError unless both are volumes (X, Y, Z) of the same shape."""
     if prediction.shape != reference.shape:
         raise AliceError(
             f"The prediction has shape {prediction.shape}, the reference {reference.shape}; "
@@ -33,7 +33,7 @@ def refuse_other_shape(prediction: NDArray[Any], reference: NDArray[Any]) -> Non
 
 
 def mask_pair(prediction: Any, reference: Any) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Two masks of one shape as bool, or ValueError."""
+    """Two masks of the same shape as bool; ValueError for anything else."""
     prediction, reference = _array(prediction), _array(reference)
     refuse_other_shape(prediction, reference)
     for mask, name in ((prediction, "prediction"), (reference, "reference")):
@@ -46,26 +46,26 @@ def mask_pair(prediction: Any, reference: Any) -> tuple[NDArray[np.bool_], NDArr
 
 
 def label_map(values: Any, name: str, rule: ScoringRule) -> NDArray[np.integer]:
-    """Labels as small integers, refused where they are none of the rule's."""
+    """Labels as small integers; ValueError for labels that the rule does not have."""
     labels = _array(values)
     if labels.dtype != bool and not np.issubdtype(labels.dtype, np.integer):
         broken = labels[labels != np.rint(labels)]  # nan differs from itself
         if broken.size:
             raise AliceError(
-                f"The {name} holds the label {broken[0]}, which is no integer; "
+                f"The {name} holds the label {broken[0]}, which is not an integer; "
                 "resample label maps with nearest neighbour, and take the argmax of probabilities."
             )
     if labels.size and (labels.min() < 0 or labels.max() > len(rule.organs)):
         unknown = labels[(labels < 0) | (labels > len(rule.organs))][0]
         raise AliceError(
             f"The {name} holds the label {unknown:g}, but {rule.name} has 0 to {len(rule.organs)}; "
-            "map its labels to this order, and what the protocol does not know to 0."
+            "map its labels to this order, and labels of other structures to 0."
         )
     return labels.astype(np.uint8 if len(rule.organs) < 256 else np.int32)
 
 
 def checked_spacing(spacing: Sequence[float]) -> tuple[float, ...]:
-    """Millimetres along x, y, z, or ValueError."""
+    """The spacing as three floats, mm along x, y, z; ValueError if it is not three positive numbers."""
     values = tuple(float(step) for step in spacing)
     if len(values) != 3 or not all(0 < step < math.inf for step in values):
         raise AliceError(
@@ -76,7 +76,7 @@ def checked_spacing(spacing: Sequence[float]) -> tuple[float, ...]:
 
 
 def union(first: tuple[slice, ...] | None, second: tuple[slice, ...] | None) -> tuple[slice, ...]:
-    """The smallest box around both; None is no box."""
+    """The smallest box around two boxes; None stands for no box."""
     if first is None or second is None:
         return first or second or (slice(0, 0),) * 3
     return tuple(

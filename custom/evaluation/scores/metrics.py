@@ -1,4 +1,4 @@
-"""How well a segmentation fits its reference: DSC, NSD and HD95 per organ, by a named protocol."""
+"""Score a segmentation against its reference: DSC, NSD and HD95 for each organ, by a named protocol."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 from custom.evaluation.scores.masks import checked_spacing, label_map, mask_pair, refuse_other_shape, union
-from custom.evaluation.scores.rules import BTCV, FLARE22, ScoringRule
+from custom.evaluation.scores.rules import FLARE22, ScoringRule
 from custom.evaluation.scores.surfaces import hd95, nsd
 
 STATUSES = ("ok", "absent", "missed", "spurious", "unscored", "failed")
@@ -29,10 +29,11 @@ def flare_scores(
 ) -> dict[str, tuple[float, float]]:
     """DSC and NSD of each organ by the rules of FLARE22's official evaluation.
 
-    Tolerance per organ; 1 if an organ is absent from both maps, 0 if from exactly one; aorta, inferior
-    vena cava and esophagus only on the reference's slices [z_min, z_max), the last labelled one excluded;
-    NSD 0 where DSC < 0.2; four decimals. If such an organ has one labelled slice, no slice is left and the
-    official script stops with an error: both scores are nan here (0 if the prediction lacks the organ).
+    Each organ has its tolerance. An organ that is absent from both maps scores 1, from exactly one 0. Aorta,
+    inferior vena cava and esophagus are scored only on the reference's slices [z_min, z_max), without the
+    last labelled one. NSD is 0 where DSC < 0.2. Scores have four decimals. If one of these three organs has a
+    single labelled slice, no slice is left and the official script stops with an error; here both scores are
+    nan (0 if the prediction lacks the organ).
 
     Args:
         prediction: integer labels 0..13 (X, Y, Z) in FLARE22 order, numpy or torch.
@@ -40,23 +41,14 @@ def flare_scores(
         spacing: millimetres per voxel along x, y, z: the zooms of the reference's file.
 
     Returns:
-        ``{organ: (dsc, nsd)}`` in label order, named as in :data:`custom.evaluation.scores.rules.FLARE22_ORGANS`.
+        ``{organ: (dsc, nsd)}`` in label order, named as in
+        :data:`custom.evaluation.scores.rules.FLARE22_ORGANS`.
 
     Raises:
-        ValueError: for maps of different shape, labels that are no integers in 0..13, or a bad spacing.
+        ValueError: for maps of different shape, labels other than the integers 0 to 13, or a bad spacing.
     """
     rows = case_rows(prediction, reference, spacing, FLARE22, with_hd95=False)
     return {row["organ"]: (row["dsc"], row["nsd"]) for row in rows}
-
-
-def btcv_scores(prediction: ArrayLike, reference: ArrayLike, spacing: Sequence[float]) -> dict[str, float]:
-    """DSC of BTCV's 13 organs and their ``mean``, as the UNETR and Swin UNETR repositories count them.
-
-    An organ absent from the reference scores 0 and stays in the mean. See :func:`flare_scores`.
-    """
-    rows = case_rows(prediction, reference, spacing, BTCV, with_hd95=False, with_nsd=False)
-    scores = {row["organ"]: row["dsc"] for row in rows}
-    return {**scores, "mean": sum(scores.values()) / len(scores)}
 
 
 def case_rows(
@@ -69,7 +61,7 @@ def case_rows(
     with_nsd: bool = True,
     with_hd95: bool = True,
 ) -> list[dict[str, Any]]:
-    """Score one case, one row per organ.
+    """Score one case; returns one row for each organ.
 
     Args:
         prediction: integer labels (X, Y, Z) of the rule's organs, on the original image's grid.
@@ -77,14 +69,15 @@ def case_rows(
         spacing: millimetres per voxel along x, y, z.
         rule: the protocol, such as :data:`FLARE22`.
         case: name of the case, kept in its rows.
-        with_nsd: False saves the time, and leaves nan.
-        with_hd95: the same.
+        with_nsd: False skips the NSD, which is then nan.
+        with_hd95: the same for HD95.
 
     Returns:
         Rows with ``case, protocol, organ, label, status, dsc, nsd, hd95`` (mm) and, of the whole volume,
         ``reference_ml, prediction_ml``. ``status`` is ``ok``; ``absent`` from both maps; ``missed`` by the
-        prediction; ``spurious``, not in the reference; or ``unscored``, as the rule leaves no slice. (``failed``, the last of
-        :data:`STATUSES`, is a case without prediction; :mod:`custom.evaluation.scores.scoring` counts those.)
+        prediction; ``spurious``, not in the reference; or ``unscored``, if the rule leaves no slice to score.
+        (``failed``, the last of :data:`STATUSES`, means a case without prediction; see
+        :mod:`custom.evaluation.scores.score_folder`.)
 
     Raises:
         ValueError: as :func:`flare_scores`.
@@ -118,7 +111,7 @@ def _score_organ(
     with_nsd: bool,
     with_hd95: bool,
 ) -> dict[str, Any]:
-    """The part of a row that the rule decides, from an organ's two masks."""
+    """Status and scores of one organ from its two masks, by the rule."""
     if not prediction.any() and not reference.any():
         return {"status": "absent", "dsc": rule.absent_score, "nsd": rule.absent_score, "hd95": math.nan}
     if not reference.any():

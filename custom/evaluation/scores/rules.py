@@ -1,4 +1,4 @@
-"""What a protocol decides: the organs in label order, their tolerances, and what an absent organ scores."""
+"""Scoring protocols: organs in label order, their tolerances, and the score of an absent organ."""
 
 from __future__ import annotations
 
@@ -6,53 +6,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from custom.data.organs import BTCV_ORGANS, FLARE22_ORGANS
 from custom.errors import AliceError
-
-# Label value 1, 2, ... in the order of FLARE22's official evaluation.
-FLARE22_ORGANS = (
-    "liver",
-    "right kidney",
-    "spleen",
-    "pancreas",
-    "aorta",
-    "inferior vena cava",
-    "right adrenal gland",
-    "left adrenal gland",
-    "gallbladder",
-    "esophagus",
-    "stomach",
-    "duodenum",
-    "left kidney",
-)
-BTCV_ORGANS = (
-    "spleen",
-    "right kidney",
-    "left kidney",
-    "gallbladder",
-    "esophagus",
-    "liver",
-    "stomach",
-    "aorta",
-    "inferior vena cava",
-    "portal and splenic veins",
-    "pancreas",
-    "right adrenal gland",
-    "left adrenal gland",
-)
 
 
 @dataclass(frozen=True)
 class ScoringRule:
-    """A protocol: which organs, and what its authors decided where the formulas leave room.
+    """A scoring protocol: its organs, and its choices where the formulas leave room.
 
     Attributes:
         name: printed beside every number.
         organs: names of the label values 1, 2, ...
         tolerances_mm: tolerance of the NSD, one per organ.
         labelled_slices_only: organs scored on slices [z_min, z_max) of the reference only.
-        absent_score: DSC and NSD of an organ that neither map holds (nan: left out of means, and counted).
+        absent_score: DSC and NSD of an organ that is in neither map; nan leaves it out of means and counts
+            it.
         least_dsc_for_nsd: below this DSC the NSD is 0.
-        decimals: DSC and NSD are rounded to so many, or not at all.
+        decimals: DSC and NSD are rounded to this many; None does not round.
     """
 
     name: str
@@ -71,7 +41,7 @@ class ScoringRule:
             )
 
 
-# FLARE22's official evaluation script, all numbers.
+# All numbers are those of FLARE22's official evaluation script.
 FLARE22 = ScoringRule(
     name="FLARE22",
     organs=FLARE22_ORGANS,
@@ -81,7 +51,7 @@ FLARE22 = ScoringRule(
     least_dsc_for_nsd=0.2,
     decimals=4,
 )
-# The DSC is that of the UNETR and Swin UNETR repositories, which give an organ the reference does not hold 0.
+# The UNETR and Swin UNETR repositories score an organ that is absent from the reference 0.
 # BTCV defines no NSD: the tolerances are FLARE22's for the same organ, 2 mm for the veins (ours).
 BTCV = ScoringRule(
     name="BTCV",
@@ -92,5 +62,5 @@ BTCV = ScoringRule(
 
 
 def plain_rule(organs: Sequence[str], tolerance_mm: float) -> ScoringRule:
-    """No challenge's rules: one tolerance, every slice, no rounding, and absent organs are nan."""
+    """A rule of no challenge: one tolerance, every slice, no rounding; absent organs score nan."""
     return ScoringRule("plain", tuple(organs), (tolerance_mm,) * len(organs))

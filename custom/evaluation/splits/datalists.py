@@ -1,4 +1,4 @@
-"""A folder of images and labels as a datalist: pairs checked, patients dealt into folds, few-shot subsets in order."""
+"""Make a datalist: check pairs of image and label, deal patients into folds, rank them for few-shot subsets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from custom.files import write_text
 
 @dataclass(frozen=True)
 class Datalist:
-    """What :func:`make_datalist` found: the JSON's content, and what to tell the user."""
+    """What :func:`make_datalist` found: the content of the JSON, and the problems to report."""
 
     content: dict[str, Any]
     problems: list[str]
@@ -38,24 +38,26 @@ def make_datalist(
     allow_empty: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Datalist:
-    """Pair, check and deal.
+    """Pair images with labels, check them, and deal the patients into folds.
 
     Args:
-        source: folder (FLARE22, BTCV, MSD, ``*_seg`` beside its image, ...) or a datalist, see ``list_scans``.
+        source: folder (FLARE22, BTCV, MSD, ``*_seg`` beside its image, ...) or a datalist, see
+            ``list_scans``.
         beside: folder the JSON will lie in; paths in it are relative to that.
         classes: names of the label values 1, 2, ...
-        folds: the patients are dealt into so many; with 0 nobody is given a fold.
+        folds: number of folds; with 0 no patient gets a fold.
         seed: of the deal and of the few-shot order.
         patient_pattern: regular expression on the path; its first group is the patient.
-        allow_empty: let labels pass that hold no organ.
+        allow_empty: accept labels without any organ.
         progress: called with cases done and in all.
 
     Returns:
-        An MSD datalist, ``training`` with ``image``, ``label``, ``patient``, ``fold`` and ``order`` (rank in the
-        few-shot order: the n lowest of any training set are its n-patient subset); and every problem by file name.
+        An MSD datalist, ``training`` with ``image``, ``label``, ``patient``, ``fold`` and ``order`` (rank in
+        the few-shot order: the n lowest of any training set are its n-patient subset); and every problem by
+        file name.
 
     Raises:
-        ValueError: for a source without pairs, or a deal that is impossible.
+        ValueError: for a source without pairs, or folds that cannot be dealt.
     """
     scans = list_scans(source, patient_pattern)
     pairs = [scan for scan in scans if scan.label]
@@ -82,7 +84,7 @@ def write_datalist(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def case_name(path: str | Path) -> str:
-    """The case of an image or label in the published layouts, as ``train.yaml`` of the segmentation bundles has it.
+    """The case of an image or label in the published layouts, as in ``train.yaml`` of the segmentation bundles.
 
     ``FLARE22_Tr_0001_0000.nii.gz`` is FLARE22_Tr_0001, ``img0001.nii.gz`` and ``label0001.nii.gz`` are 0001.
     """
@@ -105,7 +107,7 @@ def _dealt(records: list[dict[str, Any]], classes: Sequence[str], folds: int, se
 
 
 def _patients(scans: Sequence[Scan]) -> list[str]:
-    """Of each scan; where nothing but the file's name tells them apart, the case."""
+    """The patient of each scan; its case if only file names tell patients apart."""
     cases = [case_name(scan.image) for scan in scans]
     if len(set(cases)) == len(cases) and all(scan.patient == scan.name for scan in scans):
         return cases
@@ -121,9 +123,9 @@ def _faults(scan: Scan, num_classes: int, allow_empty: bool) -> Iterator[str]:
         yield str(error)
         return
     if not np.isfinite(image.voxels).all():
-        yield f"{scan.image}: holds values that are no numbers."
+        yield f"{scan.image}: holds values that are not numbers."
     elif image.voxels.min() >= 0:
-        yield f"{scan.image}: has no value below 0: it is no CT, or not in Hounsfield units."
+        yield f"{scan.image}: has no value below 0: it is not a CT, or not in Hounsfield units."
     values = np.unique(label.voxels)
     strange = [float(v) for v in values if v not in range(num_classes + 1)][:5]
     if strange:

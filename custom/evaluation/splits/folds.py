@@ -1,4 +1,4 @@
-"""Who trains and who is held back: seeded folds and few-shot subsets, always by whole patients."""
+"""Seeded folds and few-shot subsets; the scans of a patient always stay together."""
 
 from __future__ import annotations
 
@@ -37,22 +37,6 @@ def split_folds(records: Sequence[Record], folds: int = 5, seed: int = 0) -> lis
     return [_records_of(patients[fold::folds], records) for fold in range(folds)]
 
 
-def train_and_held_back(
-    records: Sequence[Record], fold: int, folds: int = 5, seed: int = 0
-) -> tuple[list[Record], list[Record]]:
-    """The records to train on and those to hold back in one fold of :func:`split_folds`.
-
-    Raises:
-        ValueError: if ``fold`` is not in 0..folds-1, and as :func:`split_folds`.
-    """
-    dealt = split_folds(records, folds, seed)
-    if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < folds:
-        raise AliceError(f"There is no fold {fold!r}: {folds} folds are counted 0 to {folds - 1}.")
-    held_back = {_patient(record, index) for index, record in enumerate(dealt[fold])}
-    kept = {_patient(record, index) for index, record in enumerate(records)} - held_back
-    return _records_of(sorted(kept), records), dealt[fold]
-
-
 def few_shot(records: Sequence[Record], amount: int | float, seed: int = 0) -> list[Record]:
     """Keep a few patients, nested: with one seed, a smaller subset is part of every larger one.
 
@@ -88,13 +72,13 @@ def few_shot_order(records: Sequence[Record], seed: int = 0) -> list[str]:
 
 
 def _shuffled_patients(records: Sequence[Mapping[str, Any]], salt: str) -> list[str]:
-    """Each patient once, in an order that only names and salt decide: that of their sha256."""
+    """Each patient once, sorted by sha256 of salt and name, so that nothing else decides the order."""
     patients = {_patient(record, index) for index, record in enumerate(records)}
     return sorted(patients, key=lambda patient: hashlib.sha256(f"{salt}\0{patient}".encode()).digest())
 
 
 def _records_of(patients: Sequence[str], records: Sequence[Record]) -> list[Record]:
-    """The records of these patients; sorted, so that the list's own order leaves no trace."""
+    """The records of these patients; sorted, so that the order of the list does not matter."""
     chosen = set(patients)
     kept = [record for index, record in enumerate(records) if _patient(record, index) in chosen]
     return sorted(

@@ -1,4 +1,4 @@
-"""Rows of two runs side by side: found by case and seed, counted, averaged."""
+"""Match the rows of two runs by case and seed; count and average them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,11 @@ from custom.errors import AliceError
 
 Row = Mapping[str, Any]
 Pair = tuple[str, str]  # seed, case
-FAULTS = (
-    "missed",
-    "spurious",
-    "failed",
-)  # statuses of custom.evaluation.scores.metrics that speak against a run
+FAULTS = ("missed", "spurious", "failed")  # of the statuses in custom.evaluation.scores.metrics
 
 
 def key_of(row: Row) -> Pair:
-    """What a row of one run and its partner in the other share, but for the organ."""
+    """Seed and case of a row. Rows of two runs are partners if these and the organ are equal."""
     return str(row.get("seed", "")), str(row["case"])
 
 
@@ -29,7 +25,7 @@ def by_organ(rows: Sequence[Row], metric: str, run: str) -> dict[str, dict[Pair,
     """``{organ: {(seed, case): row}}`` in the order of the rows.
 
     Raises:
-        ValueError: naming the ``run``, if a row lacks the number, or an organ of a case comes twice.
+        ValueError: if a row lacks the metric, or a case has an organ twice; the message names the ``run``.
     """
     found: dict[str, dict[Pair, Row]] = {}
     for row in rows:
@@ -47,7 +43,7 @@ def by_organ(rows: Sequence[Row], metric: str, run: str) -> dict[str, dict[Pair,
 
 
 def run_counts(run: Mapping[Pair, Row], metric: str) -> dict[str, int]:
-    """What one run did not measure as it should: statuses, and scores that enter no mean."""
+    """Count the rows of one run that are absent, faulty, or have a score that enters no mean."""
     statuses = [row.get("status") for row in run.values()]
     scores = [row[metric] for row in run.values()]
     counts = {status: statuses.count(status) for status in ("absent", *FAULTS)}
@@ -58,7 +54,7 @@ def run_counts(run: Mapping[Pair, Row], metric: str) -> dict[str, int]:
 
 
 def pair_counts(run_a: Mapping[Pair, Row], run_b: Mapping[Pair, Row], metric: str) -> dict[str, int]:
-    """The same of two runs, each fault with the run it is in."""
+    """The same for two runs; faults are counted for each run."""
     pairs = [(run_a[key], run_b[key]) for key in run_a if key in run_b]
     counts = {
         "absent": sum(a.get("status") == b.get("status") == "absent" for a, b in pairs),
@@ -72,7 +68,7 @@ def pair_counts(run_a: Mapping[Pair, Row], run_b: Mapping[Pair, Row], metric: st
 
 
 def case_differences(pairs: Mapping[Pair, tuple[float, float]]) -> list[float]:
-    """B - A of each case, averaged over seeds; infinite where one run alone is."""
+    """B - A of each case, averaged over seeds; infinite if only one of the runs is infinite."""
     by_case: dict[str, list[float]] = {}
     for (_, case), (a, b) in pairs.items():
         if not (math.isnan(a) or math.isnan(b)):
@@ -85,7 +81,7 @@ def case_differences(pairs: Mapping[Pair, tuple[float, float]]) -> list[float]:
 
 
 def seeds_by_cases(values: Mapping[Pair, float]) -> NDArray[np.float64]:
-    """(seeds, cases), nan where a seed lacks a case; sorted, so that the rows' order leaves no trace."""
+    """Values as a sorted table (seeds, cases), nan where one is missing; the order of rows does not matter."""
     seeds = {seed: index for index, seed in enumerate(sorted({seed for seed, _ in values}))}
     cases = {case: index for index, case in enumerate(sorted({case for _, case in values}))}
     table = np.full((len(seeds), len(cases)), np.nan)
@@ -95,6 +91,6 @@ def seeds_by_cases(values: Mapping[Pair, float]) -> NDArray[np.float64]:
 
 
 def mean_of(values: Iterable[float]) -> float:
-    """The mean, exactly summed; nan of nothing."""
+    """The mean, with an exact sum; nan if there are no values."""
     listed = list(values)
     return math.fsum(listed) / len(listed) if listed else math.nan

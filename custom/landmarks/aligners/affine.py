@@ -7,19 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from custom.landmarks.aligners.match import Map, Match
+from custom.landmarks.aligners.protocol import Map, Match
 from custom.space import to_world
 
 
 class AffineAligner:
-    """One affine map per pair of scans, registered with ITK on volumes of about 6 mm, kept once found (ours).
+    """One affine map for each pair of scans, registered with ITK on voxels of about 6 mm and then kept (ours).
 
-    The maps are a point's way through twelve numbers: they carry it to the right region, not to the organ.
+    An affine map has only twelve numbers: it takes a point to the right region, not to the right place in an
+    organ.
 
     Args:
         scans: the ``VolumeStore``.
-        spacing_mm: about how large the voxels are that are registered.
-        max_pairs: maps kept.
+        spacing_mm: approximate voxel size for the registration.
+        max_pairs: number of maps to keep.
     """
 
     name = "affine"
@@ -48,7 +49,7 @@ class AffineAligner:
         self._coarse = functools.lru_cache(64)(self._read_coarse)
 
     def _register(self, scan_q: str, scan_k: str) -> np.ndarray:
-        """(4, 4), mm of Q to mm of K; the way back is this one's inverse."""
+        """(4, 4), mm of Q to mm of K; the map from K to Q is its inverse."""
         if scan_k < scan_q:
             return np.linalg.inv(self.transform(scan_k, scan_q))
         centres = [
@@ -57,7 +58,7 @@ class AffineAligner:
         return register_affine(*self._coarse(scan_q), *self._coarse(scan_k), centres[0], centres[1])
 
     def _read_coarse(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Means over blocks of voxels, soft tissue in [0, 1], and their affine."""
+        """Means over blocks of voxels, with soft tissue in [0, 1], and their affine."""
         affine, shape = self.scans.affine(name), self.scans.shape(name)
         step = np.maximum(1, np.rint(self.spacing_mm / np.linalg.norm(affine[:3, :3], axis=0))).astype(int)
         size = np.array(shape) // step
@@ -78,20 +79,20 @@ def register_affine(
     centre_q: np.ndarray,
     centre_k: np.ndarray,
 ) -> np.ndarray:
-    """The affine map that takes Q's world mm to K's, by mean squares, from coarse to fine.
+    """Register an affine map from Q's world mm to K's, by mean squares, from coarse to fine.
 
     Args:
         volume_q: (X, Y, Z) in [0, 1].
         affine_q: voxel to world mm.
-        volume_k: the other.
-        affine_k: of the other.
-        centre_q: (3,) mm, the body's middle: the search starts with one on the other.
-        centre_k: the same in K.
+        volume_k: the same of K.
+        affine_k: the same of K.
+        centre_q: (3,) mm, the middle of the body; the search starts from centre on centre.
+        centre_k: the same of K.
 
     Returns:
         (4, 4).
     """
-    import itk  # takes seconds to load: only who asks for it waits
+    import itk  # loads for seconds, so only when needed
 
     fixed, moving = (_itk_image(itk, v, a) for v, a in ((volume_q, affine_q), (volume_k, affine_k)))
     kind = type(fixed)
@@ -128,7 +129,7 @@ def register_affine(
 
 
 def _itk_image(itk: Any, volume: np.ndarray, affine: np.ndarray) -> Any:
-    """World mm are RAS here and LPS at ITK's own readers; to a registration they are just coordinates."""
+    """An ITK image with RAS coordinates. ITK's own readers use LPS, but a registration does not care."""
     image = itk.image_from_array(np.ascontiguousarray(volume.T.astype(np.float32)))
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     image.SetSpacing([float(s) for s in spacing])

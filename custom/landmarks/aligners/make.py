@@ -1,4 +1,4 @@
-"""Aligners: a point of one scan found in another, in world millimetres."""
+"""Make an aligner by its name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from custom.errors import AliceError
 from custom.landmarks.aligners.affine import AffineAligner
-from custom.landmarks.aligners.match import Aligner
+from custom.landmarks.aligners.protocol import Aligner
 from custom.landmarks.aligners.sam import SamAligner
 from custom.landmarks.aligners.simple import CoordinateAligner, RandomAligner
 from custom.landmarks.embeddings.folder import EmbeddingFolder
@@ -24,17 +24,17 @@ def make_aligner(
     threshold: float | None = None,
     max_cycle_mm: float | None = None,
 ) -> Aligner:
-    """An aligner by its name in the config.
+    """Make an aligner by its name in the config.
 
     Args:
-        name: coordinate, random, affine, sam; or sam_nearest, which is sam by single matches, as its authors do.
+        name: coordinate, random, affine, sam, or sam_nearest, which uses single matches as SAM's authors do.
         scans: the ``VolumeStore``.
         embeddings: folder that ``alice embed`` wrote; for sam and sam_nearest.
         threshold: see :class:`SamAligner`.
         max_cycle_mm: see :class:`SamAligner`.
 
     Raises:
-        ValueError: naming the ones there are, or what sam needs.
+        ValueError: for another name, or if sam lacks embeddings.
     """
     if name in ("sam", "sam_nearest"):
         if embeddings is None:

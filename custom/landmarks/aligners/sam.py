@@ -1,4 +1,4 @@
-"""Alignment by SAM's embeddings."""
+"""Align scans by SAM's embeddings, and calibrate the score that a match needs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from custom.errors import AliceError
-from custom.landmarks.aligners.match import Map, Match
+from custom.landmarks.aligners.protocol import Map, Match
 from custom.landmarks.embeddings.embedding_map import query_cells
 from custom.landmarks.embeddings.folder import EmbeddingFolder
 from custom.landmarks.embeddings.stored import StoredEmbedding
-from custom.landmarks.matching.near import match_near
+from custom.landmarks.matching.local_search import match_near
 from custom.landmarks.matching.pair_map import FEW_ANCHORS, PairMap, fit_pair_map, refine_pair_map
 from custom.landmarks.matching.points import Matches, match_points
 from custom.landmarks.matching.search import REFUSED, Method
@@ -24,33 +24,35 @@ from custom.space import to_world
 logger = logging.getLogger(__name__)
 
 
-MIN_SUPPORT = (
-    0.12  # ours: scans of unlike regions reach 0.09, of like ones 0.14 and more; see the SAM bundle's docs
-)
+# ours: scans of unlike regions reach 0.09, scans of like regions 0.14 and more; see the SAM bundle's README
+MIN_SUPPORT = 0.12
 
 
 class SamAligner:
-    """The point whose embedding is most alike (SAM; spec 2.4), from embeddings made beforehand.
+    """Finds the point with the most similar embedding (SAM, Yan et al., TMI 2022); reads embeddings from files.
 
-    With ``consensus`` the scans' matches first agree on one smooth map, which places found near it correct, and a point is
-    looked for near where that takes it; without, every point for itself. Either way a pair of scans whose matches do not agree has no common anatomy, and
-    is refused: single scores do not tell (strangers reach 0.85). Safe to use from many workers: files are opened per
-    process.
+    With ``consensus``, many matches of the two scans first agree on one smooth map, local searches correct
+    it, and each point is searched near the place where the map takes it. Without, each point is searched on
+    its own in the whole scan. In both cases a pair of scans whose matches do not agree has no common anatomy
+    and is refused; single scores cannot tell, since unrelated scans reach 0.85. Safe in many workers: each
+    process opens the files for itself.
 
     Args:
         scans: whose embeddings these are.
         embeddings: folder that ``alice embed`` wrote.
-        threshold: score that a match needs; by default what was calibrated for the weights, with consensus; else 0.7
-            (Alice).
-        max_cycle_mm: refuse matches that come back farther from where they started; None asks no match back.
-        method: of single matches, without consensus; see :func:`custom.landmarks.matching.points.match_points`.
+        threshold: score that a match needs. With consensus the default is the score calibrated for the
+            weights; without consensus or calibration it is 0.7 (Alice).
+        max_cycle_mm: refuse matches that come back farther than this from their start; None does not match
+            back.
+        method: for single matches, without consensus; see
+            :func:`custom.landmarks.matching.points.match_points`.
         consensus: see :mod:`custom.landmarks.matching.pair_map`.
         min_support: share of matches that must agree on the map (ours).
-        max_pairs: maps kept.
+        max_pairs: number of maps to keep.
 
     Raises:
-        EmbeddingError: if a scan has no embedding, or one of other voxels or weights.
-        ValueError: for a threshold that would accept what is refused.
+        EmbeddingError: if a scan has no embedding, or one made from other voxels or weights.
+        ValueError: for a threshold that would accept refused matches.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class SamAligner:
             embeddings if isinstance(embeddings, EmbeddingFolder) else EmbeddingFolder(embeddings)
         )
         self.embeddings.require(scans)
-        known = self.embeddings.threshold if consensus else None  # it was calibrated so
+        known = self.embeddings.threshold if consensus else None  # calibrated with consensus
         self.threshold = float(threshold if threshold is not None else 0.7 if known is None else known)
         if not REFUSED < self.threshold <= 1:
             raise AliceError(f"threshold must be above {REFUSED:g} and at most 1, got {self.threshold}.")
@@ -90,10 +92,10 @@ class SamAligner:
         self._open()
 
     def align(self, scan_q: str, point_mm: np.ndarray, scan_k: str, rng: np.random.Generator) -> Match:
-        """As :meth:`Aligner.align`; score -1 for a match refused; nan for a point off the body.
+        """As :meth:`Aligner.align`; a refused match has score -1, and a point outside the body gives nan.
 
-        With consensus, a map of few matches is corrected about this one point: that costs less than one of the whole
-        scans, and what a pair of crops is does not depend on which pairs were drawn before.
+        With consensus, a map of few matches is corrected around this one point. This costs less than a map of
+        the whole scans, and a pair of crops does not depend on the pairs that were drawn before.
         """
         matches = self._match_one(scan_q, point_mm, scan_k)
         point, score = matches.points_mm[0], float(matches.scores[0])
@@ -104,12 +106,12 @@ class SamAligner:
         return Match(point, score)
 
     def align_all(self, scan_q: str, points_mm: np.ndarray, scan_k: str) -> Matches:
-        """As :meth:`align` for each of (N, 3) points, without the way back."""
+        """As :meth:`align` for each of (N, 3) points, but without matching back."""
         each = [self._match_one(scan_q, point, scan_k) for point in points_mm]
         return Matches(*(np.concatenate(part) for part in zip(*each, strict=True)))
 
     def match(self, scan_q: str, points_mm: np.ndarray, scan_k: str) -> Matches:
-        """Many points (N, 3) at once; every match is given with its score, however low."""
+        """Match many points (N, 3) at once; matches of any score are returned."""
         query, key = self.embeddings[scan_q], self.embeddings[scan_k]
         if not self.consensus:
             found = match_points(points_mm, query, key, method=self.method, refine=True)
@@ -164,7 +166,7 @@ class SamAligner:
         return fit_pair_map(self.blocks(scan_q), self.blocks(scan_k), anchors=FEW_ANCHORS)
 
     def _agree(self, scan_q: str, scan_k: str) -> float:
-        """Share of a few matches that agree on an affine map; the same few as :meth:`align` fits one by."""
+        """Share of a few matches that agree on an affine map; :meth:`align` fits its map to the same matches."""
         return self.few_map(scan_q, scan_k).support
 
 
@@ -173,12 +175,13 @@ def _refused(matches: Matches) -> Matches:
 
 
 class Calibration(NamedTuple):
-    """A score to ask for, and what led to it.
+    """A threshold for scores, and the table that led to it.
 
     Attributes:
-        threshold: the lowest score at which matches come back near enough, often enough; None if there is none.
-        rows: per candidate ``score``, the share of ``accepted`` matches, the share of those ``within`` reach, and
-            their ``points``.
+        threshold: the lowest score above which enough matches come back near their start; None if there is
+            none.
+        rows: for each candidate ``score``, the share of ``accepted`` matches, the share of these ``within``
+            reach, and their number ``points``.
     """
 
     threshold: float | None
@@ -196,23 +199,23 @@ def calibrate_threshold(
     share: float = 0.9,
     seed: int = 0,
 ) -> Calibration:
-    """The score at which enough matches between held-back scans come back to where they started (spec 1.8).
+    """Find the score above which enough matches between held-back scans come back near their start.
 
     Args:
-        aligner: whose scores they are; its own threshold plays no part.
-        scans: bodies, to draw points from.
-        names: scans held back from training, two at least.
+        aligner: gives the scores; its own threshold is not used.
+        scans: the ``VolumeStore``, to draw points in bodies.
+        names: scans held back from training, at least two.
         num_pairs: ordered pairs to draw.
-        num_points: points a pair.
-        reach_mm: how far from the start a match may come back.
-        share: of the matches of any score above the threshold that must.
+        num_points: points in each pair.
+        reach_mm: largest distance from its start at which a match may come back.
+        share: share of matches that must come back so near, at every score above the threshold.
         seed: of the draws.
 
     Returns:
         The threshold, to be stored with the weights, and the table.
 
     Raises:
-        ValueError: if they are of fewer than two patients.
+        ValueError: if the scans come from fewer than two patients.
     """
     pairs = [(q, k) for q in names for k in names if scans.patient(q) != scans.patient(k)]
     if not pairs:
@@ -240,7 +243,8 @@ def calibrate_threshold(
                 "points": int(accepted.sum()),
             }
         )
-        # the matches that a lower threshold lets in have to be good themselves; fewer than 20 say too little (ours)
+        # the matches that a lower threshold adds must be good themselves; fewer than 20 are too few to tell
+        # (ours)
         added = accepted & (score < above)
         if added.sum() >= 20:
             good, above = good and float(near[added].mean()) >= share, candidate

@@ -1,17 +1,17 @@
-"""Aligners that need no weights: relative position in the body, and chance."""
+"""Aligners without weights: relative position in the body, and a random control."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from custom.landmarks.aligners.match import Map, Match, ScanGeometry
+from custom.landmarks.aligners.protocol import Map, Match, ScanGeometry
 from custom.space import to_voxels, to_world
 
 
 class CoordinateAligner:
     """The same relative position in the body's box; needs no weights (ours).
 
-    It is right where two scans show the same stretch of the body, and wrong by centimetres where they do not.
+    It is right if both scans show the same part of the body, and centimetres off if they do not.
     """
 
     name = "coordinate"
@@ -36,7 +36,7 @@ class CoordinateAligner:
 
 
 class RandomAligner:
-    """Any point of the other body: the negative control."""
+    """A random point of the other body: the negative control."""
 
     name = "random"
     threshold = -1.0

@@ -1,4 +1,4 @@
-"""A scan in cells of 16 mm: few enough to match all of two scans, and to read off on which map they agree."""
+"""A scan in blocks of 16 mm: few enough to match all blocks of two scans."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Array = NDArray[Any]
 
 
 class Blocks(NamedTuple):
-    """A scan's cells of 16 mm (4 x 4 x 4 fine cells) that hold body.
+    """The blocks of 16 mm (4 x 4 x 4 fine cells) of a scan that hold body.
 
     Attributes:
         vectors: (n, 2C) float32; the product of two is the mean of their fine and coarse similarity.
-        points_mm: (n, 3), the middle of what body they hold.
-        alternate: so many come first and are every second one of the lattice, as a chessboard's black squares: enough
-            to find a block's like among, at half the cost.
+        points_mm: (n, 3), the middle of the body in each block.
+        alternate: the first so many blocks are every second one of the lattice, like the black squares of a
+            chessboard. To search among these is good enough, at half the cost.
     """
 
     vectors: Array
@@ -29,11 +29,11 @@ class Blocks(NamedTuple):
 
 
 def make_blocks(pooled_rows: Array, used: Array, coarse: Array, grid: Triple, affine: Array) -> Blocks:
-    """Blocks of the means of up to eight pooled vectors beside the interpolated coarse one, each half of length sqrt(1/2).
+    """Make blocks: means of up to eight pooled vectors beside coarse vectors, each half of length sqrt(1/2).
 
     Args:
         pooled_rows: (cells, C) of the 8 mm cells that hold body, in the order of ``used``.
-        used: bool (z, y, x), which 8 mm cells those are; one at least.
+        used: bool (z, y, x), which 8 mm cells these are; at least one.
         coarse: (z, y, x, C).
         grid: fine cells along z, y, x.
         affine: of the 2 mm grid, voxel (x, y, z) to world mm.
@@ -57,12 +57,10 @@ def make_blocks(pooled_rows: Array, used: Array, coarse: Array, grid: Triple, af
 
 
 def _blocks_of(cells: Array, shape: tuple[int, ...]) -> tuple[Array, Array, int]:
-    """Of 8 mm cells (m, 3): the first one of each block, each one's block (m,), and how many blocks are alternate."""
+    """For 8 mm cells (m, 3): first cell of each block, block of each cell (m,), and number of alternate blocks."""
     blocks = cells // 2
     size = (np.array(shape) + 1) // 2
     flat = flat_index(blocks, (int(size[0]), int(size[1]), int(size[2])))
-    other = (
-        blocks.sum(axis=1) - blocks[0].sum()
-    ) % 2  # of the first cell's colour there is one block at least
+    other = (blocks.sum(axis=1) - blocks[0].sum()) % 2  # at least one block has the first cell's colour
     values, first, members = np.unique(other * size.prod() + flat, return_index=True, return_inverse=True)
     return first, members, int((values < size.prod()).sum())

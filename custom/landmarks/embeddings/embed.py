@@ -1,4 +1,4 @@
-"""Many scans embedded, each once: a file per scan, kept while it fits, refused when stale."""
+"""Embed many scans, one file each: a file that still fits is kept, a stale one is refused."""
 
 from __future__ import annotations
 
@@ -40,23 +40,24 @@ def embed_store(
     progress: bool = True,
     allow_profile: bool = False,
 ) -> list[Saved]:
-    """Embed every volume of a store: ``<out>/<name>.sam``. What is there already, and fits, is kept.
+    """Embed every volume of a store as ``<out>/<name>.sam``. Files that are there and fit are kept.
 
     Args:
         model: in evaluation mode.
-        weights_sha256: of the file its weights came from.
+        weights_sha256: checksum of the weights.
         store: volumes in HU.
         out: folder to write; made if missing.
         names: volumes to embed; None for all.
-        threshold: the weights' calibrated score, kept with the embeddings unless the folder has its own.
-        fine_bits: see :func:`save_embedding`; None leaves files of other bits as they are.
+        threshold: the calibrated score of the weights, stored with the embeddings unless the folder has its
+            own.
+        fine_bits: see :func:`save_embedding`; None keeps files of other bits.
         slab: see :func:`custom.landmarks.sam.network.embed_scan`.
-        overwrite: replace what was made with other weights or from other voxels.
+        overwrite: replace files that were made with other weights or from other voxels.
         progress: show a bar.
-        allow_profile: embed a store of another profile than ct, which SAM was not trained on.
+        allow_profile: embed a store of another profile than ct, although SAM was not trained on it.
 
     Returns:
-        What was written in this call.
+        The files written by this call.
 
     Raises:
         ProfileError: for a store of another profile, unless allowed.
@@ -97,7 +98,7 @@ def embed_folder(
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[Saved]:
-    """As :func:`embed_store`, of a folder of NIfTI files, a datalist or a list of scans."""
+    """As :func:`embed_store`, for a folder of NIfTI files, a datalist or a list of scans."""
     scans = list_scans(source) if isinstance(source, str | Path) else list(source)
     images = {scan.name: scan.image for scan in scans}
     sources = {name: sha256_of_file(image) for name, image in images.items()}
@@ -129,12 +130,12 @@ def _embed_all(
     if made is not None:
         if made["weights_sha256"] != weights_sha256 and not overwrite:
             raise EmbeddingError(
-                f"{out}: made with weights {made['weights_sha256'][:12]}, now {weights_sha256[:12]} are given, and "
+                f"{out}: made with weights {made['weights_sha256'][:12]}, but {weights_sha256[:12]} are given, and "
                 "their embeddings do not compare. Choose another folder, or --overwrite."
             )
         if made["profile"] != profile and not overwrite:
             raise EmbeddingError(
-                f"{out}: made from intensities of profile {made['profile']!r}, now {profile!r} are given. "
+                f"{out}: made from intensities of profile {made['profile']!r}, but {profile!r} are given. "
                 "Choose another folder."
             )
         if made["weights_sha256"] == weights_sha256 and made.get("threshold") is not None:
@@ -181,7 +182,7 @@ def _embed_all(
 
 
 def _index_to_keep(out: Path, overwrite: bool) -> dict[str, Any] | None:
-    """What a folder says of itself; None for a new one, or one that nobody can read and that is to be overwritten."""
+    """A folder's index; None for a new folder, or for an unreadable index that may be overwritten."""
     try:
         return read_folder_index(out) if (out / INDEX).is_file() else None
     except EmbeddingError:

@@ -1,4 +1,4 @@
-"""What a search needs of a scan, and how an embedding in memory answers it."""
+"""What a search needs from the embeddings of a scan, and embeddings in memory that provide it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Array: TypeAlias = NDArray[Any]
 
 
 class EmbeddingMap(Protocol):
-    """What is needed to search a scan; ``StoredEmbedding`` answers it, a ``ScanEmbedding`` is wrapped."""
+    """What a search needs. ``StoredEmbedding`` provides it; a ``ScanEmbedding`` is wrapped in ``DenseMap``."""
 
     affine: NDArray[np.float64]
     shape: Triple
@@ -37,7 +37,7 @@ class EmbeddingMap(Protocol):
     @property
     def coarse(self) -> Array: ...  # (z, y, x, C) float32
     @property
-    def coarse_stored(self) -> Array: ...  # the same, perhaps in float16: for whoever reads a few
+    def coarse_stored(self) -> Array: ...  # the same, perhaps in float16; to read a few cells
     @property
     def body(self) -> Array | None: ...  # bool (z, y, x) of fine cells
     @property
@@ -84,11 +84,11 @@ class DenseMap:
         return self._rows[flat_index(cells_zyx, self.grid)]
 
     def pooled_vectors(self, flat: Array) -> Array:
-        """(N, C) of 8 mm cells (flat indices); of one off the body any vector."""
+        """(N, C) of 8 mm cells (flat indices); any vector for a cell outside the body."""
         return self._pooled_rows[flat]
 
     def decode(self) -> ScanEmbedding:
-        """As it was given."""
+        """The embeddings as they were given."""
         return ScanEmbedding(
             self._fine, self._coarse, self.affine, self.shape, self.body, self.weights_sha256
         )
@@ -98,7 +98,7 @@ _prepared: dict[int, tuple[weakref.ref[ScanEmbedding], DenseMap]] = {}
 
 
 def prepare(embedding: Searchable) -> EmbeddingMap:
-    """A scan ready to be searched; what is made for a ``ScanEmbedding`` is kept while that lives."""
+    """Prepare a scan for searches; what is made for a ``ScanEmbedding`` is kept as long as the embedding."""
     if not isinstance(embedding, ScanEmbedding):
         return embedding
     key = id(embedding)
@@ -109,10 +109,10 @@ def prepare(embedding: Searchable) -> EmbeddingMap:
 
 
 def prepare_pair(embedding_q: Searchable, embedding_k: Searchable) -> tuple[EmbeddingMap, EmbeddingMap]:
-    """Two scans ready to be compared.
+    """Prepare two scans for comparison.
 
     Raises:
-        ValueError: if different networks made them, so that they do not compare.
+        ValueError: if they come from different networks and so do not compare.
     """
     map_q, map_k = prepare(embedding_q), prepare(embedding_k)
     dims = [map_.coarse_stored.shape[-1] for map_ in (map_q, map_k)]
@@ -131,7 +131,7 @@ def prepare_pair(embedding_q: Searchable, embedding_k: Searchable) -> tuple[Embe
 
 
 def inside_grid(points_mm: Array, target: EmbeddingMap) -> Array:
-    """Bool (N,): does a point lie in a voxel of the scan's grid? False for what is not finite."""
+    """Bool (N,): True for points in a voxel of the scan's grid; False for points that are not finite."""
     finite: Array = np.all(np.isfinite(points_mm), axis=1)
     inverse = np.linalg.inv(target.affine)
     voxels = np.where(finite[:, None], points_mm, 0.0) @ inverse[:3, :3].T + inverse[:3, 3]
@@ -140,10 +140,10 @@ def inside_grid(points_mm: Array, target: EmbeddingMap) -> Array:
 
 
 def query_cells(points_mm: Array, source: EmbeddingMap) -> tuple[Array, Array]:
-    """Fine cells (N, 3) that hold the points, and which points lie inside of grid and body."""
+    """Fine cells (N, 3) that hold the points, and bool (N,), which points lie inside grid and body."""
     inside = inside_grid(points_mm, source)
     cells = np.floor(world_to_cell(np.where(inside[:, None], points_mm, 0.0), source.affine, "fine") + 0.5)
-    # an odd number of slices leaves the last one without a cell
+    # with an odd number of slices the last one has no cell
     cells = np.clip(cells, 0, np.array(source.grid) - 1).astype(int)
     if source.body is not None:
         inside = np.logical_and(inside, source.body[tuple(cells.T)])
@@ -151,7 +151,7 @@ def query_cells(points_mm: Array, source: EmbeddingMap) -> tuple[Array, Array]:
 
 
 def coarse_vectors(source: EmbeddingMap, cells_zyx: Array) -> Array:
-    """Coarse vectors at fine cells (N, C), from their eight corners and of length 1 again."""
+    """Coarse vectors (N, C) at fine cells, interpolated from eight corners and normalised to length 1."""
     axes = [
         axis_weights(np.arange(n), n, m)
         for n, m in zip(source.grid, source.coarse_stored.shape, strict=False)

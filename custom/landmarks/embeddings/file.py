@@ -1,4 +1,4 @@
-"""The file of a scan's embeddings: its format, written whole or not at all, checked when it is opened."""
+"""The file format of a scan's embeddings: written whole or not at all, and checked when opened."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from custom.files import replacing
 from custom.landmarks.embeddings.blocks import make_blocks
 from custom.landmarks.embeddings.lattice import coarse_norm, flat_index, lattice_weights, pool
 from custom.landmarks.embeddings.packing import (
+    BITS,
     bits_for,
     largest_of,
     levels_of,
@@ -42,7 +43,7 @@ _SECTIONS = {
     "fine": "U8",
     "fine_largest": "U8",
 }
-_TOGETHER = 65_536  # cells packed at a time: bounds the memory of saving
+_TOGETHER = 65_536  # cells packed at a time, to bound the memory of saving
 _DTYPES = {"I8": np.int8, "U8": np.uint8, "F16": np.float16, "F32": np.float32}
 
 
@@ -52,7 +53,7 @@ class EmbeddingError(AliceError):
 
 @dataclass(frozen=True)
 class EmbeddingHeader:
-    """What a file says of itself.
+    """What a file says about itself.
 
     Attributes:
         name: the scan's.
@@ -63,7 +64,7 @@ class EmbeddingHeader:
         affine: of that grid, voxel (x, y, z) to world mm (RAS).
         dim: numbers per embedding, C.
         fine_bits: per number of a fine cell.
-        alternate: how many of the blocks are; see :class:`Blocks`.
+        alternate: see :class:`Blocks`.
         content_sha256: of all sections.
     """
 
@@ -80,7 +81,7 @@ class EmbeddingHeader:
 
 
 class Saved(NamedTuple):
-    """A written file: its size, and what rounding cost (cosine of fine vectors before and after)."""
+    """A written file: its size, and the effect of rounding (cosines between fine vectors before and after)."""
 
     path: Path
     num_bytes: int
@@ -100,25 +101,30 @@ def save_embedding(
 ) -> Saved:
     """Write a scan's embeddings, whole or not at all.
 
-    A safetensors file, used in place through a memory map, so that a search reads the cells it looks at and no
-    others: means of 2 x 2 x 2 fine cells as int8; what each fine vector differs by from its mean, which is a third of its
-    length, packed to ``fine_bits`` a number in steps of its own largest number; coarse vectors and the
-    lengths of interpolated ones in fp16; blocks of 16 mm in steps that all of them share.
+    The file is a safetensors file that is mapped into memory, so that a search reads only the cells it
+    visits. It holds:
+
+    - the means of 2 x 2 x 2 fine cells, as int8;
+    - the difference of each fine vector from its mean (about a third of its length), with ``fine_bits`` for
+      each number, in steps of the difference's own largest number;
+    - coarse vectors, and the lengths of interpolated coarse vectors, in float16;
+    - blocks of 16 mm, in steps that are the same for all of them.
 
     Args:
         path: to write.
         embedding: of the scan.
-        weights_sha256: of the network's file.
+        weights_sha256: of the network's weights.
         source_sha256: of the scan.
-        name: the scan's; the path's stem by default.
-        body: bool (z, y, x) of fine cells; only these are stored and found. None for all.
-        fine_bits: 4 to 8; None takes :func:`custom.landmarks.embeddings.packing.bits_for` the embeddings' length.
+        name: of the scan; by default the stem of the path.
+        body: bool (z, y, x), the fine cells to store; others cannot be found. None stores all.
+        fine_bits: 4, 7 or 8; None takes :func:`custom.landmarks.embeddings.packing.bits_for` the embeddings'
+            length.
 
     Returns:
         Size and rounding error.
 
     Raises:
-        ValueError: if ``body`` has another grid or holds nothing, or ``fine_bits`` is out of range.
+        ValueError: if ``body`` has another grid or holds nothing, or ``fine_bits`` is another number.
     """
     path = Path(path)
     rows = np.ascontiguousarray(embedding.fine.detach().float().cpu().permute(1, 2, 3, 0).numpy())
@@ -134,7 +140,7 @@ def save_embedding(
 
     pooled, used = pool(rows, body)
     pooled_rows = quantise(pooled[used], 127)
-    known = coarse.astype(np.float32)  # norms of what is stored, not of what was given
+    known = coarse.astype(np.float32)  # norms of the stored values, not of the given ones
 
     def norm_at(pooling: int) -> NDArray[np.float32]:
         return coarse_norm(known, lattice_weights(grid, known.shape[:3], pooling))
@@ -166,7 +172,7 @@ def save_embedding(
         alternate=blocks.alternate,
         content_sha256=digest_of(sections),
     )
-    # one entry: safetensors writes several in any order, and equal embeddings shall give equal files
+    # one entry: safetensors writes several in any order, but equal embeddings must give equal files
     metadata = {"alice": json.dumps({"format": FORMAT, **asdict(header)})}
     with replacing(path, error=EmbeddingError, failures=(OSError, SafetensorError)) as draft:
         safetensors.numpy.save_file(sections, draft, metadata)
@@ -180,7 +186,7 @@ def _pack_differences(
     row_of_pooled: NDArray[np.int_],
     bits: int,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32]]:
-    """What the body's fine vectors differ by from their mean as it will be read: packed, its scale, and cosines to before."""
+    """Differences of fine vectors from their stored means: packed, their scales, and cosines to the originals."""
     cells = np.argwhere(body)
     size = tuple((n + 1) // 2 for n in body.shape)
     parts = []
@@ -206,7 +212,7 @@ def digest_of(sections: dict[str, NDArray[Any]]) -> str:
 
 
 def read_header(path: Path) -> tuple[EmbeddingHeader, dict[str, tuple[Any, tuple[int, ...], int]], int]:
-    """Of a safetensors file: ours, where each section lies (dtype, shape, first byte), and where data begin."""
+    """Our header, the place of each section (dtype, shape, first byte), and the first byte of the data."""
     if not path.is_file():
         raise EmbeddingError(f"{path}: missing. Embed the scan: alice embed STORE {path.parent}")
     size = path.stat().st_size
@@ -243,6 +249,11 @@ def read_header(path: Path) -> tuple[EmbeddingHeader, dict[str, tuple[Any, tuple
         raise EmbeddingError(
             f"{path}: no embedding, or damaged ({error}). Delete it and embed again."
         ) from error
+    if header.fine_bits not in BITS:
+        raise EmbeddingError(
+            f"{path}: holds {header.fine_bits} bits a number, this version reads 4, 7 or 8. Embed again, with "
+            f"overwrite: alice embed STORE {path.parent} --overwrite"
+        )
     if set(places) != set(_SECTIONS) or not right_types or size != 8 + length + end:
         raise EmbeddingError(f"{path}: cut short or damaged. Delete it and embed again.")
     return header, places, 8 + length

@@ -1,4 +1,4 @@
-"""A folder of embeddings made by one network: found by name, refused when stale."""
+"""A folder of embeddings from one network: opened by name, refused when stale."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ INDEX = "embeddings.json"
 class EmbeddingFolder:
     """A folder of embeddings made by one network.
 
-    A file's checksum is compared when a process opens it for the first time. Picklable; files are opened at first use, per process, the last ones kept open.
+    A process compares the checksum of a file when it opens it for the first time. Can be pickled: each
+    process opens files for itself when they are needed, and keeps the last ones open.
 
     Args:
-        path: as ``embed_store`` or ``embed_folder`` left it.
-        max_open: scans kept open.
+        path: folder that ``embed_store`` or ``embed_folder`` wrote.
+        max_open: number of files to keep open.
 
     Raises:
-        EmbeddingError: if there are none here, or they are of another format.
+        EmbeddingError: if the folder has no embeddings, or embeddings of another format.
 
     Attributes:
         weights_sha256: of the network that made them all.
-        threshold: score below which its matches are not to be used, if it was calibrated.
-        profile: of the intensities they were made from.
+        threshold: the calibrated score that a match needs; None if it was not calibrated.
+        profile: of the intensities that they were made from.
     """
 
     def __init__(self, path: str | Path, *, max_open: int = 64) -> None:
@@ -55,7 +56,7 @@ class EmbeddingFolder:
 
     @property
     def names(self) -> list[str]:
-        """Every scan there is, in order."""
+        """All scans in the folder, sorted."""
         found = self.path.rglob(f"*{SUFFIX}")
         return sorted(p.relative_to(self.path).as_posix().removesuffix(SUFFIX) for p in found)
 
@@ -89,7 +90,7 @@ class EmbeddingFolder:
             )
 
     def keep_threshold(self, threshold: float) -> None:
-        """Keep the weights' calibrated score with the embeddings that they made."""
+        """Store the calibrated score of the weights with the embeddings."""
         content = {**read_folder_index(self.path), "threshold": threshold}
         write_text(self.path / INDEX, json.dumps(content, indent=1))
         self.threshold = threshold
@@ -105,19 +106,19 @@ class EmbeddingFolder:
         stored = StoredEmbedding(embedding_path(self.path, name))
         if stored.header.weights_sha256 != self.weights_sha256:
             raise EmbeddingError(
-                f"{stored.path}: made with weights {stored.header.weights_sha256[:12]}, the folder's are "
-                f"{self.weights_sha256[:12]}: they do not compare. Delete the file and embed again."
+                f"{stored.path}: made with weights {stored.header.weights_sha256[:12]}, but the folder's are "
+                f"{self.weights_sha256[:12]}, and these do not compare. Delete the file and embed again."
             )
         return stored
 
 
 def embedding_path(folder: Path, name: str) -> Path:
-    """Where a scan's embeddings lie."""
+    """The file of a scan's embeddings."""
     return folder / f"{name}{SUFFIX}"
 
 
 def read_folder_index(folder: Path) -> dict[str, Any]:
-    """What holds for the whole folder, checked for its format."""
+    """The index of the folder, checked for its format."""
     path = folder / INDEX
     if not path.is_file():
         raise EmbeddingError(

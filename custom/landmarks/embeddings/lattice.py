@@ -1,4 +1,4 @@
-"""The cells of an embedding at one resolution: the coarse map interpolated to them, the fine map pooled to them."""
+"""The cells of an embedding at one resolution: coarse map interpolated, fine map pooled."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ class Lattice:
 
     Attributes:
         grid: cells along z, y, x.
-        weights: per axis (cells, coarse cells), what each coarse cell contributes to a cell: trilinear
+        weights: for each axis (cells, coarse cells), the share of each coarse cell in a cell: trilinear
             interpolation with ``align_corners=False``.
         norm: (rows,) lengths of the interpolated coarse vectors, float16 or float32.
         outside: bool (cells,), True off the body; None if all cells count.
         dot: fine similarities of some cells (flat indices, or None for all) to a vector (C,).
-        rows: (cells,) the row of ``norm`` that is a cell's, any number where it counts for nothing; None if each has one.
+        rows: (cells,), the row of ``norm`` for each cell (any row for cells that do not count); None if each
+            cell has its own row.
     """
 
     grid: Triple
@@ -38,7 +39,7 @@ class Lattice:
 
     @functools.cached_property
     def inverse_norm(self) -> Array:
-        """(cells,) float32, one over ``norm``; whoever needs a few asks :meth:`inverse_norm_at`."""
+        """(cells,) float32, one over ``norm``; for few cells use :meth:`inverse_norm_at`."""
         return self.inverse_norm_at(slice(None))
 
     def inverse_norm_at(self, cells: Array | slice) -> Array:
@@ -48,7 +49,7 @@ class Lattice:
         return inverse
 
     def coarse_similarity(self, similarity: Array) -> Array:
-        """Similarities on the coarse grid (z, y, x), interpolated and re-normalised: (cells,), -3 off the body.
+        """Similarities on the coarse grid (z, y, x), interpolated and normalised again: (cells,), -3 outside the body.
 
         Interpolation commutes with the dot product, so one number per cell is interpolated, not C.
         """
@@ -70,15 +71,15 @@ def make_lattice(
     norm: Array | None = None,
     rows: Array | None = None,
 ) -> Lattice:
-    """The cells of the fine grid (``pooling`` 1), or of cubes of ``pooling`` fine cells a side.
+    """Make the lattice of the fine grid (``pooling`` 1), or of cubes with sides of ``pooling`` fine cells.
 
     Args:
         coarse: (z, y, x, C).
         fine_grid: fine cells along z, y, x.
-        pooling: fine cells a side.
+        pooling: fine cells along each side of a cube.
         outside: see :class:`Lattice`.
         dot: see :class:`Lattice`.
-        norm: (rows,) lengths of the interpolated coarse vectors, if they are known.
+        norm: see :class:`Lattice`; computed if None.
         rows: see :class:`Lattice`.
     """
     weights = lattice_weights(fine_grid, coarse.shape[:3], pooling)
@@ -113,7 +114,7 @@ def axis_weights(positions: Array, size: int, coarse_size: int) -> Array:
 def corners_at(
     weights: tuple[Array, Array, Array], cells: tuple[Array, ...]
 ) -> Iterator[tuple[tuple[Array, Array, Array], Array]]:
-    """The eight coarse cells about cells given as three index arrays (N,): their indices z, y, x, and weights (N,)."""
+    """Yield the eight coarse cells around each cell (three index arrays (N,)): indices z, y, x and weights (N,)."""
     axes = []
     for weight, index in zip(weights, cells, strict=True):
         low = np.minimum((weight > 0).argmax(axis=1), max(weight.shape[1] - 2, 0))[index]
@@ -136,7 +137,7 @@ def interpolate_at(values: Array, weights: tuple[Array, Array, Array], cells: tu
 
 
 def coarse_norm(coarse: Array, weights: tuple[Array, Array, Array]) -> Array:
-    """Lengths (cells,) of the coarse vectors interpolated to a lattice; a few slices at a time."""
+    """Lengths (cells,) of the coarse vectors interpolated to a lattice, slice by slice."""
     along_z, along_y, along_x = weights
     wide = np.einsum("zyxc,Yy,Xx->zYXc", coarse, along_y, along_x, optimize=True).astype(np.float32)
     flat = wide.reshape(len(wide), -1)
@@ -145,7 +146,7 @@ def coarse_norm(coarse: Array, weights: tuple[Array, Array, Array]) -> Array:
 
 
 def pool(fine: Array, body: Array | None) -> tuple[Array, Array]:
-    """Means of 2 x 2 x 2 fine vectors, of length 1 again, and which of these cells hold any body.
+    """Means of 2 x 2 x 2 fine vectors, normalised to length 1, and which of these cells hold any body.
 
     Args:
         fine: (z, y, x, C).
@@ -168,7 +169,7 @@ def pool(fine: Array, body: Array | None) -> tuple[Array, Array]:
 
 
 def dot_of(rows: Array) -> Callable[[Array | None, Array], Array]:
-    """``Lattice.dot`` of vectors in memory (cells, C)."""
+    """Make ``Lattice.dot`` from vectors in memory (cells, C)."""
     return lambda index, vector: rows @ vector if index is None else rows[index] @ vector
 
 

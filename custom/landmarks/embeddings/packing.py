@@ -1,4 +1,4 @@
-"""Vectors rounded to a few bits a number and packed close together."""
+"""Round vectors to a few bits for each number, and pack them."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from numpy.typing import NDArray
 
 from custom.errors import AliceError
 
-# How many bits a number takes. The fewer numbers, the more each of them weighs; see the SAM bundle's docs for what was
-# measured. Entropy coding (zstd) gains nothing on top and costs ten times the search.
+# Bits for each number. The fewer numbers a vector has, the more each of them matters; the SAM bundle's README
+# has measurements. Entropy coding (zstd) saves nothing more and makes searches ten times slower.
 FEW_NUMBERS = 64
 BITS_OF_FEW, BITS_OF_MANY = 7, 4
-_STEPS_AN_OCTAVE, _SMALLEST = 24, 2.0**-8  # of the largest number of a row, as it is stored
+BITS = (4, 7, 8)
+_STEPS_AN_OCTAVE, _SMALLEST = 24, 2.0**-8  # codes for the largest number of a row
 
 
 def bits_for(dim: int, asked: int | None = None) -> int:
-    """Bits a number of fine vectors of ``dim`` numbers: those asked for, or by default 4 of many, 7 of few.
+    """Bits for each number of a fine vector: those asked for; by default 4 if ``dim`` is above 64, else 7.
 
     Raises:
-        ValueError: for bits that nothing is packed to.
+        ValueError: if the bits asked for are not 4, 7 or 8.
     """
     if asked is None:
         return BITS_OF_FEW if dim <= FEW_NUMBERS else BITS_OF_MANY
-    if not 4 <= asked <= 8:
-        raise AliceError(f"fine_bits must be in 4 to 8, got {asked}.")
+    if asked not in BITS:
+        raise AliceError(f"fine_bits (--bits of alice embed) must be 4, 7 or 8, got {asked}.")
     return asked
 
 
@@ -36,9 +37,10 @@ def quantise(vectors: NDArray[np.float32], levels: int) -> NDArray[np.int8]:
 
 
 def quantise_sized(vectors: NDArray[np.float32], levels: int) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
-    """As :func:`quantise`, for vectors whose lengths matter: also the code (N,) of the number that the last step stands for.
+    """As :func:`quantise`, but keeps lengths: also returns a code (N,) for the value of the last step.
 
-    That is the next one of 24 an octave above the largest; :func:`largest_of` reads it.
+    That value is the largest number, rounded up to the next of 24 values in an octave; :func:`largest_of`
+    decodes it.
     """
     largest = np.maximum(np.abs(vectors).max(axis=-1), _SMALLEST)
     code = np.ceil(_STEPS_AN_OCTAVE * np.log2(largest / _SMALLEST)).clip(0, 255).astype(np.uint8)
@@ -47,7 +49,7 @@ def quantise_sized(vectors: NDArray[np.float32], levels: int) -> tuple[NDArray[n
 
 
 def largest_of(code: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """What the last step of vectors stands for, of :func:`quantise_sized`."""
+    """The value of the last step from its code; see :func:`quantise_sized`."""
     return _LARGEST[code]
 
 
@@ -55,12 +57,12 @@ _LARGEST = (_SMALLEST * 2.0 ** (np.arange(256) / _STEPS_AN_OCTAVE)).astype(np.fl
 
 
 def levels_of(bits: int) -> int:
-    """Steps to each side of zero that so many bits can tell apart."""
+    """Number of steps to each side of zero that fit into so many bits."""
     return (1 << (bits - 1)) - 1
 
 
 def pack(steps: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
-    """Numbers (N, C) of ``bits`` each, close together: four bits in halves of bytes, further ones as bit planes; 8 as they are."""
+    """Pack numbers (N, C): 8 bits as bytes; else the low 4 bits of two in a byte, further bits as bit planes."""
     raised = (steps.astype(np.int16) + levels_of(bits)).astype(np.uint8)
     if bits == 8:
         return raised
@@ -72,7 +74,7 @@ def pack(steps: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
 
 
 def unpack(packed: NDArray[np.uint8], bits: int, dim: int) -> NDArray[np.float32]:
-    """What :func:`pack` packed, (N, C) as float32."""
+    """The inverse of :func:`pack`: (N, C) float32."""
     if bits == 8:
         return packed.astype(np.float32) - levels_of(bits)
     half, plane = -(-dim // 2), -(-dim // 8)

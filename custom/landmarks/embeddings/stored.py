@@ -1,4 +1,4 @@
-"""A scan's embeddings in their file, mapped into memory and read where a search goes."""
+"""A scan's embeddings in a file that is mapped into memory: a search reads only the cells it visits."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from custom.landmarks.sam.scan_grid import ScanEmbedding, Triple
 
 
 class StoredEmbedding:
-    """A scan's embeddings in a file, opened at first use and read where a search goes (an ``EmbeddingMap``).
+    """A scan's embeddings in a file, opened when first needed (an ``EmbeddingMap``).
 
-    Safe to use from many workers: what is opened is opened per process.
+    Safe in many workers: each process opens the file for itself.
 
     Args:
         path: as ``save_embedding`` wrote it.
 
     Raises:
-        EmbeddingError: if the file is missing, damaged, or no such file.
+        EmbeddingError: if the file is missing, damaged, or of another kind.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -57,7 +57,7 @@ class StoredEmbedding:
 
     @property
     def coarse_stored(self) -> NDArray[np.float16]:
-        """(z, y, x, C), read where it is used: as many millions as ``coarse``."""
+        """(z, y, x, C), as large as ``coarse``, but only the parts in use are read."""
         return self._section("coarse")
 
     @functools.cached_property
@@ -86,7 +86,7 @@ class StoredEmbedding:
 
     @property
     def blocks(self) -> Blocks:
-        """See :class:`Blocks`; read anew each time."""
+        """See :class:`Blocks`; read again at each use."""
         vectors = self._section("blocks").astype(np.float32)
         vectors *= self._section("blocks_step")
         return Blocks(vectors, self._section("blocks_mm").astype(float), self.header.alternate)
@@ -97,11 +97,11 @@ class StoredEmbedding:
         return vectors / row_lengths(vectors)[:, None]
 
     def pooled_vectors(self, flat: NDArray[np.int_]) -> NDArray[np.float32]:
-        """(N, C), of length 1, of 8 mm cells (flat indices); of one off the body any vector."""
+        """(N, C), of length 1, of 8 mm cells (flat indices); any vector for a cell outside the body."""
         return self._pooled_at(self._pooled_rows[1][flat])
 
     def decode(self) -> ScanEmbedding:
-        """All of it in memory; fine vectors off the body are 0."""
+        """All embeddings in memory; fine vectors outside the body are 0."""
         cells = np.argwhere(self.body)
         fine = np.zeros((*self.grid, self.header.dim), np.float32)
         fine[tuple(cells.T)] = self.fine_vectors(cells)
@@ -109,7 +109,7 @@ class StoredEmbedding:
         return ScanEmbedding(maps[0], maps[1], self.affine, self.shape, self.body, self.weights_sha256)
 
     def check(self) -> None:
-        """Read everything and compare checksums.
+        """Read everything and compare the checksum.
 
         Raises:
             EmbeddingError: if a byte differs from what was written.
@@ -135,7 +135,7 @@ class StoredEmbedding:
 
     @functools.cached_property
     def _pooled_rows(self) -> tuple[NDArray[np.bool_], NDArray[np.int_]]:
-        """Of all 8 mm cells: which are stored, and the row of each that is."""
+        """For all 8 mm cells: which are stored, and the row of each stored one."""
         used = _pooled_body(self.body).reshape(-1)
         return used, np.cumsum(used) - 1
 
@@ -145,14 +145,14 @@ class StoredEmbedding:
         return vectors
 
     def _fine_steps(self, flat: NDArray[np.int_]) -> NDArray[np.float32]:
-        """Fine vectors of some cells of the body, not of length 1 yet."""
+        """Fine vectors of some cells of the body, before normalisation."""
         rows = self._row_of_cell[flat]
         vectors = unpack(self._section("fine")[rows], self.header.fine_bits, self.header.dim)
         vectors *= (largest_of(self._section("fine_largest")[rows]) / levels_of(self.header.fine_bits))[
             :, None
         ]
         cells = np.stack(np.unravel_index(flat, self.grid), axis=-1)
-        # eight of them share a mean
+        # eight cells share a mean
         means, of_each = np.unique(flat_index(cells // 2, self.pooled_lattice.grid), return_inverse=True)
         vectors += self.pooled_vectors(means)[of_each]
         return vectors
@@ -163,16 +163,15 @@ class StoredEmbedding:
             return (vectors @ vector) / row_lengths(vectors)
         total = np.full(int(np.prod(self.grid)), -1.0, np.float32)
         inside = np.flatnonzero(self.body.reshape(-1))
-        for some in np.array_split(inside, -(-len(inside) // 16384)):  # bounds the memory of unpacked vectors
+        # in parts, to bound the memory of unpacked vectors
+        for some in np.array_split(inside, -(-len(inside) // 16384)):
             total[some] = self._fine_dot(some, vector)
         return total
 
 
 def _pooled_body(body: NDArray[np.bool_]) -> NDArray[np.bool_]:
     padded = np.pad(body, [(0, n % 2) for n in body.shape])
-    for axis in range(
-        3
-    ):  # halves joined one axis after another: tens of times faster than ``any`` over three
+    for axis in range(3):  # axis by axis, which is tens of times faster than ``any`` over three
         padded = np.moveaxis(padded, axis, 0)
         padded = np.moveaxis(padded[::2] | padded[1::2], 0, axis)
     return padded

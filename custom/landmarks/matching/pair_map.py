@@ -1,9 +1,9 @@
-"""One smooth map between two scans that many of their matches agree on, corrected by places found near what it says.
+"""One smooth map between two scans, fitted to many of their matches and corrected by local searches.
 
-A single best match may be far off: left for right, one vertebra for the next. A few hundred of them, weighed by
-whether they come back, agree on an affine map (as SAM-affine of the same authors does: SAME, spec 2.5) and on how it
-bends. Places looked for near where that map takes them (``near``) then correct it: their answers scatter much less. The
-bending and the search near it are ours.
+A single best match may be far off: right instead of left, or one vertebra too high. A few hundred matches,
+weighted by whether they come back to their start, agree on an affine map (as in SAM-affine of SAME, Liu et
+al., MICCAI 2021) and on a smooth bending of it. Searches near the places where this map takes points then
+correct it; their answers scatter much less. The bending and the local searches are ours.
 """
 
 from __future__ import annotations
@@ -15,43 +15,40 @@ from numpy.typing import ArrayLike, NDArray
 
 from custom.landmarks.embeddings.blocks import Blocks
 from custom.landmarks.embeddings.embedding_map import EmbeddingMap, Searchable, prepare_pair, query_cells
-from custom.landmarks.matching.near import ROUGH_NEAR_MM, match_roughly_near, outside_mm
+from custom.landmarks.matching.local_search import ROUGH_NEAR_MM, match_roughly_near, outside_mm
 from custom.landmarks.sam.scan_grid import cell_to_world
 
 Array = NDArray[Any]
 
-ANCHORS = (
-    512  # blocks of Q that are matched (ours; 256 make the map a millimetre worse, 1,024 a quarter better)
-)
-CYCLE_MM = 24.0  # a match that comes back so far off counts half (one and a half blocks; ours)
+ANCHORS = 512  # blocks of Q to match (ours; with 256 the map is 1 mm worse, with 1,024 it is 0.25 mm better)
+FEW_ANCHORS = 128  # the same for a map that is corrected around one point, where more do not help (ours)
+CYCLE_MM = 24.0  # a match that comes back this far from its start counts half (one and a half blocks; ours)
 AGREE_MM = 20.0  # a match this near to the affine map supports it (ours)
-FEW_ANCHORS = 128  # of a map that is corrected about one point: more do not help there (ours)
-BEND_MM = 60.0  # over which the bending varies (ours)
-BEND_SIZE_MM, BEND_NOISE_MM = 20.0, 30.0  # how large it may be, and how far single matches scatter (ours)
-REFINED = 1024  # places of Q that are looked for near the map (ours; 512 answer a hundredth worse)
-REFINED_ABOUT = 64  # and of a map about one point (ours; 32 answer a hundredth worse)
-REFINED_ABOUT_MM = 50.0  # and the standard deviation of their distance from that point (ours)
-_TOGETHER = 4096  # points mapped at a time: bounds the memory of their nearness to the anchors
-REFINED_NOISE_MM = 5.0  # how far their answers scatter (ours)
+BEND_MM = 60.0  # length scale of the bending (ours)
+BEND_SIZE_MM, BEND_NOISE_MM = 20.0, 30.0  # standard deviations of the bending and of single matches (ours)
+REFINED = 1024  # places of Q that are searched near the map (ours; with 512 answers are 1 % worse)
+REFINED_ABOUT = 64  # the same around one point (ours; with 32 answers are 1 % worse)
+REFINED_ABOUT_MM = 50.0  # standard deviation of these places around the point (ours)
+REFINED_NOISE_MM = 5.0  # standard deviation of the answers of local searches (ours)
+_TOGETHER = 4096  # points mapped at a time, to bound the memory of their covariances
 
 
 class PairMap(NamedTuple):
-    """Where the anatomy of scan Q lies in scan K: an affine map and a smooth bending of it.
+    """Maps points of scan Q to the same anatomy in scan K: an affine map and a smooth bending.
 
     Attributes:
         matrix: (3, 3).
-        middle_q, middle_k: (3,) mm; ``matrix`` turns about them.
-        anchors_mm: (n, 3) of Q, where the bending is known.
-        pull: (n, 3), what each anchor adds, times its nearness.
-        support: share of matches that agree with the affine map to 20 mm: next to none where two scans have no
-            anatomy in common.
+        middle_q, middle_k: (3,) mm, the centres of ``matrix`` in Q and in K.
+        anchors_mm: (n, 3) of Q, the points that the bending was fitted to.
+        coefficients: (n, 3); the bending is the covariance with the anchors times these.
+        support: share of matches within 20 mm of the affine map; nearly 0 for scans without common anatomy.
     """
 
     matrix: Array
     middle_q: Array
     middle_k: Array
     anchors_mm: Array
-    pull: Array
+    coefficients: Array
     support: float
 
     def __call__(self, points_mm: Array) -> Array:
@@ -60,7 +57,7 @@ class PairMap(NamedTuple):
         found = self._affine(points)
         for start in range(0, len(points), _TOGETHER):
             some = slice(start, start + _TOGETHER)
-            found[some] += _nearness(points[some], self.anchors_mm) @ self.pull
+            found[some] += _covariance(points[some], self.anchors_mm) @ self.coefficients
         return found
 
     def _affine(self, points: Array) -> Array:
@@ -68,19 +65,20 @@ class PairMap(NamedTuple):
 
 
 def fit_pair_map(blocks_q: Blocks, blocks_k: Blocks, *, anchors: int = ANCHORS) -> PairMap:
-    """The map that the matches of two scans agree on.
+    """Fit the map that the matches of two scans agree on.
 
-    Blocks of Q are matched to every second one of K, and back to every second one of Q (another one comes back 16 mm off at
-    best, and counts two thirds). The affine map is fitted by re-weighted least squares (Cauchy's weights,
-    slightly held to the identity), what is left by Gaussian process regression with robust noise.
+    Blocks of Q are matched to every second block of K, and these back to every second block of Q. (A block of
+    the other half comes back at least 16 mm off, and so counts two thirds.) The affine map is fitted by
+    re-weighted least squares with Cauchy's weights, pulled slightly towards the identity; the residual by
+    Gaussian process regression with robust noise.
 
     Args:
-        blocks_q: of the scan that is asked.
-        blocks_k: of the other.
-        anchors: evenly drawn blocks of Q to match.
+        blocks_q: of the scan to map from.
+        blocks_k: of the scan to map to.
+        anchors: number of blocks of Q to match, drawn at random.
 
     Returns:
-        The map; ask its ``support`` before trusting it.
+        The map; look at its ``support`` before using it.
     """
     chosen = np.random.default_rng(0).permutation(len(blocks_q.vectors))[:anchors]
     points_q = blocks_q.points_mm[chosen]
@@ -91,46 +89,48 @@ def fit_pair_map(blocks_q: Blocks, blocks_k: Blocks, *, anchors: int = ANCHORS) 
     trust = 1 / (1 + (cycle_mm / CYCLE_MM) ** 2)
 
     matrix, middle_q, middle_k = robust_affine(points_q, points_k, trust)
-    left = points_k - (points_q - middle_q) @ matrix.T - middle_k
-    support = float((np.linalg.norm(left, axis=1) < AGREE_MM).mean())
-    pull = bend(points_q, left, trust, BEND_NOISE_MM)
-    return PairMap(matrix, middle_q, middle_k, points_q, pull, support)
+    residual = points_k - (points_q - middle_q) @ matrix.T - middle_k
+    support = float((np.linalg.norm(residual, axis=1) < AGREE_MM).mean())
+    coefficients = fit_bending(points_q, residual, trust, BEND_NOISE_MM)
+    return PairMap(matrix, middle_q, middle_k, points_q, coefficients, support)
 
 
 def refine_pair_map(
     pair: PairMap, embedding_q: Searchable, embedding_k: Searchable, *, about_mm: ArrayLike | None = None
 ) -> PairMap:
-    """The map, corrected by where places of Q are found near where it takes them.
+    """Correct the map by searching places of Q near where it takes them.
 
     Args:
         pair: of :func:`fit_pair_map`.
-        embedding_q: of the scan that is asked.
-        embedding_k: of the other.
-        about_mm: (3,), the one point of Q that the map is for: 64 places around it do as well there as 1,024 of the whole.
+        embedding_q: of the scan to map from.
+        embedding_k: of the scan to map to.
+        about_mm: (3,), a point of Q if the map is for this point only. 64 places around it are then enough;
+            otherwise 1,024 of the whole scan are searched.
 
     Returns:
-        The map; its ``support`` stays that of the matches it came from. As it was where no place is found.
+        The corrected map, with the ``support`` of ``pair``; ``pair`` itself if no place is found.
 
     Raises:
         ValueError: if the embeddings do not compare.
     """
     map_q, map_k = prepare_pair(embedding_q, embedding_k)
-    places = places_of(map_q, None if about_mm is None else np.asarray(about_mm, dtype=float).reshape(3))
+    places = draw_places(map_q, None if about_mm is None else np.asarray(about_mm, dtype=float).reshape(3))
     expected = pair(places)
-    left = match_roughly_near(places, expected, map_q, map_k) - expected
-    # near K's edge the search is one-sided, and off it every answer lies too far in
-    known = np.isfinite(left).all(axis=1) & (outside_mm(expected, map_k) <= -ROUGH_NEAR_MM)
+    residual = match_roughly_near(places, expected, map_q, map_k) - expected
+    # near K's edge a search is one-sided, and outside K every answer lies too far inside
+    known = np.isfinite(residual).all(axis=1) & (outside_mm(expected, map_k) <= -ROUGH_NEAR_MM)
     if not known.any():
         return pair
-    places, left = places[known], left[known]
-    pull = bend(places, left, np.ones(len(left)), REFINED_NOISE_MM)
+    places, residual = places[known], residual[known]
+    coefficients = fit_bending(places, residual, np.ones(len(residual)), REFINED_NOISE_MM)
     return pair._replace(
-        anchors_mm=np.concatenate([pair.anchors_mm, places]), pull=np.concatenate([pair.pull, pull])
+        anchors_mm=np.concatenate([pair.anchors_mm, places]),
+        coefficients=np.concatenate([pair.coefficients, coefficients]),
     )
 
 
-def places_of(map_q: EmbeddingMap, about_mm: Array | None) -> Array:
-    """Places (n, 3) mm in the body of a scan, drawn evenly, or by nearness to a point."""
+def draw_places(map_q: EmbeddingMap, about_mm: Array | None) -> Array:
+    """Draw places (n, 3) mm in the body of a scan: evenly, or around a point."""
     rng = np.random.default_rng(0)
     if about_mm is not None:
         drawn = about_mm + rng.normal(0, REFINED_ABOUT_MM, (4 * REFINED_ABOUT, 3))
@@ -143,7 +143,7 @@ def places_of(map_q: EmbeddingMap, about_mm: Array | None) -> Array:
 
 
 def robust_affine(points_q: Array, points_k: Array, trust: Array) -> tuple[Array, Array, Array]:
-    """Affine map between matched points of which many are wrong.
+    """Fit an affine map to matched points, of which many may be wrong.
 
     Args:
         points_q: (n, 3) mm.
@@ -151,19 +151,20 @@ def robust_affine(points_q: Array, points_k: Array, trust: Array) -> tuple[Array
         trust: (n,) weights.
 
     Returns:
-        (3, 3) matrix and the two points about which it turns.
+        (3, 3) matrix, and its centre in Q and in K.
     """
     shift = points_k - points_q
     typical = np.median(shift[trust >= np.median(trust)], axis=0)
     weight = trust / (1 + (np.linalg.norm(shift - typical, axis=1) / 60.0) ** 2)
-    held = 200.0 * np.eye(3)  # mm^2: as if the points spread by 14 mm more, unchanged (ours)
+    # mm^2: pulls towards the identity, as if points that do not move spread 14 mm wider (ours)
+    held = 200.0 * np.eye(3)
     matrix, middle_q, middle_k = np.eye(3), points_q.mean(axis=0), points_k.mean(axis=0)
     for _ in range(30):
         share = weight / weight.sum()
         middle_q, middle_k = share @ points_q, share @ points_k
         from_q, from_k = points_q - middle_q, points_k - middle_k
-        weighed = share[:, None] * from_q
-        before, matrix = matrix, np.linalg.solve(from_q.T @ weighed + held, weighed.T @ from_k + held).T
+        weighted = share[:, None] * from_q
+        before, matrix = matrix, np.linalg.solve(from_q.T @ weighted + held, weighted.T @ from_k + held).T
         off = np.linalg.norm(from_k - from_q @ matrix.T, axis=1)
         weight = trust / (1 + (off / max(12.0, float(np.median(off)))) ** 2)
         if np.abs(matrix - before).max() < 1e-4:  # a hundredth of a millimetre at 10 cm
@@ -171,30 +172,30 @@ def robust_affine(points_q: Array, points_k: Array, trust: Array) -> tuple[Array
     return matrix, middle_q, middle_k
 
 
-def bend(anchors_mm: Array, left_mm: Array, trust: Array, noise_mm: float) -> Array:
-    """Gaussian process regression of what a map leaves, with noise that grows with the misfit.
+def fit_bending(anchors_mm: Array, residual_mm: Array, trust: Array, noise_mm: float) -> Array:
+    """Fit an affine map's residuals by Gaussian process regression, with noise that grows with the misfit.
 
     Args:
         anchors_mm: (n, 3).
-        left_mm: (n, 3), displacements.
+        residual_mm: (n, 3), displacements at the anchors.
         trust: (n,) weights.
-        noise_mm: standard deviation of a trusted displacement.
+        noise_mm: standard deviation of a displacement of weight 1.
 
     Returns:
-        (n, 3): a point's displacement is its nearness to the anchors times this.
+        (n, 3) coefficients: a point's displacement is its covariance with the anchors times these.
     """
-    alike = _nearness(anchors_mm, anchors_mm)
-    weight, pull = trust, np.zeros_like(left_mm)
+    covariance = _covariance(anchors_mm, anchors_mm)
+    weight, coefficients = trust, np.zeros_like(residual_mm)
     for _ in range(4):
         noise = np.diag(noise_mm**2 / np.maximum(weight, 1e-3))
-        pull = np.linalg.solve(alike + noise, left_mm)
-        off = np.linalg.norm(left_mm - alike @ pull, axis=1)
+        coefficients = np.linalg.solve(covariance + noise, residual_mm)
+        off = np.linalg.norm(residual_mm - covariance @ coefficients, axis=1)
         weight = trust / (1 + (off / 15.0) ** 2)
-    return pull
+    return coefficients
 
 
-def _nearness(points: Array, anchors: Array) -> Array:
+def _covariance(points: Array, anchors: Array) -> Array:
     """(N, n) covariances of the bending, mm^2."""
     squared = (points**2).sum(1)[:, None] + (anchors**2).sum(1) - 2 * points @ anchors.T
-    near: Array = BEND_SIZE_MM**2 * np.exp(-np.maximum(squared, 0) / (2 * BEND_MM**2))
-    return near
+    values: Array = BEND_SIZE_MM**2 * np.exp(-np.maximum(squared, 0) / (2 * BEND_MM**2))
+    return values

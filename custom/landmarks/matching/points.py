@@ -1,4 +1,4 @@
-"""Points of one scan found in another by their embeddings, and whether they come back."""
+"""Find points of one scan in another by their embeddings, and check whether they come back."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from custom.landmarks.sam.scan_grid import cell_to_world
 
 
 class Matches(NamedTuple):
-    """Points found, one row for each point asked.
+    """The points found, one row for each query point.
 
     Attributes:
-        points_mm: (N, 3) RAS; nan where the point asked for lies outside its scan's grid or body.
+        points_mm: (N, 3) RAS; nan for a query point outside its scan's grid or body.
         scores: (N,) similarity in [-1, 1]; -1 where ``points_mm`` is nan.
     """
 
@@ -33,28 +33,29 @@ def match_points(
     method: Method = "exact",
     refine: bool = False,
 ) -> Matches:
-    """Find points of scan Q in scan K (spec 2.4).
+    """Find points of scan Q in scan K (SAM, Yan et al., TMI 2022).
 
-    A cell's similarity is the mean of the fine and the coarse cosine, the coarse map interpolated to the fine
-    grid and re-normalised. The query is the fine cell that holds the point, the answer the centre of the most
-    similar cell of K, so that without ``refine`` even a perfect match is off by 1.9 mm on average.
+    A cell's similarity is the mean of the fine and the coarse cosine; the coarse map is interpolated to the
+    fine grid and normalised again. The query is the fine cell that holds the point, and the answer is the
+    centre of the most similar cell of K. So without ``refine`` even a perfect match is off by 1.9 mm on
+    average.
 
     Args:
         points_mm: (N, 3) or (3,) world mm (RAS).
         embedding_q: of the scan that holds the points.
-        embedding_k: of the scan to search. Searching a ``ScanEmbedding`` again and again is quick: what
-            the first search prepares lives as long as the embedding does.
-        method: ``exact`` visits only cells whose coarse similarity leaves them a chance; ``fast`` searches the
-            map pooled to 8 mm and then 8 x 8 x 8 fine cells around the winner; ``exhaustive`` is the authors'
+        embedding_k: of the scan to search. Further searches of the same ``ScanEmbedding`` are quick: what the
+            first one prepares is kept as long as the embedding.
+        method: ``exact`` skips cells whose coarse similarity is too low to win; ``fast`` searches the map
+            pooled to 8 mm and then 8 x 8 x 8 fine cells around the winner; ``exhaustive`` is the authors'
             arithmetic over the whole volume, the reference for the other two.
-        refine: move the answer by the vertex of a parabola through the neighbouring cells' similarities, and
-            by what the query point lies off its own cell's centre.
+        refine: correct the answer by a parabola through the similarities of neighbouring cells, and by the
+            query point's offset from the centre of its own cell.
 
     Returns:
-        Points and scores. A point that lies outside Q's grid or body, or that is not finite, gets nan and
-        score -1: there is nothing to compare, so there is no answer. Scans without common anatomy get answers, too, and
-        their scores may be high: ask :func:`cycle_error`, or the ``support`` of
-        :func:`custom.landmarks.matching.pair_map.fit_pair_map`, as the aligners do.
+        Points and scores. A point that is not finite, or lies outside Q's grid or body, has no answer: nan
+        and score -1. Scans without common anatomy also get answers, perhaps with high scores. Check them by
+        :func:`cycle_error`, or by the ``support`` of :func:`custom.landmarks.matching.pair_map.fit_pair_map`
+        as the aligners do.
 
     Raises:
         ValueError: for an unknown method, points of another shape, or embeddings of different length.
@@ -94,18 +95,18 @@ def cycle_error(
     method: Method = "exact",
     refine: bool = False,
 ) -> NDArray[np.float64]:
-    """How far from itself a point comes back when it is matched to K and from there to Q.
+    """Distance of a point from itself after matching it to K and back to Q.
 
     Args:
         points_mm: (N, 3) world mm.
         embedding_q: of the scan that holds the points.
         embedding_k: of the other.
-        matches: the way there, if it is known.
+        matches: the matches in K, if they are known.
         method: see :func:`match_points`.
         refine: see :func:`match_points`.
 
     Returns:
-        (N,) mm; infinite where there is no way there or back.
+        (N,) mm; infinite if there is no match in one of the directions.
     """
     points = np.atleast_2d(np.asarray(points_mm, dtype=np.float64))
     there = matches or match_points(points, embedding_q, embedding_k, method=method, refine=refine)

@@ -1,4 +1,4 @@
-"""The most similar cell of a scan: by branch and bound, fast, or as the authors do."""
+"""Search a scan for the most similar cell: exactly by branch and bound, fast, or as SAM's authors do."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Method: TypeAlias = Literal["exact", "fast", "exhaustive"]
 METHODS = ("exact", "fast", "exhaustive")
 Array: TypeAlias = NDArray[Any]
 REFUSED = -1.0  # the score of a point that cannot be matched; a cosine so low does not occur otherwise
-_WINDOW = 8  # fine cells a side around the pooled winner (spec, performance.md section 3)
+_WINDOW = 8  # fine cells along each side of the box around the pooled winner (ours)
 _BATCH = 4096  # cells whose fine similarity is computed at a time (ours)
-_SLACK = 1e-5  # for rounding: a unit vector's product with itself may exceed 1 by a little
+_SLACK = 1e-5  # for rounding: the product of a unit vector with itself may exceed 1 a little
 
 
 class Search:
-    """Find one query vector after another in one scan, and remember what refining needs."""
+    """Searches one scan for one query vector after another; remembers what refining needs."""
 
     def __init__(self, target: EmbeddingMap, method: Method) -> None:
         self.target, self.method = target, method
@@ -43,7 +43,7 @@ class Search:
         return (index, best) if self.method == "fast" else self._exact(index, best)
 
     def position(self, index: int, refine: bool) -> Array:
-        """The cell (z, y, x), with fractions if ``refine``."""
+        """The place (z, y, x) of a cell, with fractions if ``refine``."""
         grid = self.target.grid
         cell = np.array(np.unravel_index(index, grid))
         if not refine:
@@ -93,13 +93,13 @@ class Search:
 def similarity_parts(
     target: EmbeddingMap, flat: Array, vector: Array, coarse_similarity: Array
 ) -> tuple[Array, Array]:
-    """Fine and coarse similarities of some fine cells, the coarse ones interpolated at these cells alone.
+    """Fine and coarse similarities of some fine cells; coarse ones are interpolated only there.
 
     Args:
         target: the scan searched.
         flat: (n,) flat indices of fine cells in the body.
-        vector: (C,) fine vector asked for.
-        coarse_similarity: (z, y, x) of its coarse vector to all coarse cells.
+        vector: (C,) fine vector of the query.
+        coarse_similarity: (z, y, x), of the query's coarse vector to all coarse cells.
     """
     cells = np.unravel_index(flat, target.grid)
     lattice = target.fine_lattice
@@ -110,9 +110,9 @@ def similarity_parts(
 def branch_and_bound(
     lattice: Lattice, vector: Array, coarse: Array, best: float, index: int = -1
 ) -> tuple[int, float]:
-    """The cell of largest total similarity, looking only at cells that may have it.
+    """Find the cell of largest total similarity; cells that cannot win are skipped.
 
-    A fine cosine is 1 at most, so a cell's total is at most (1 + coarse) / 2.
+    A fine cosine is at most 1, so the total of a cell is at most (1 + coarse) / 2.
 
     Args:
         lattice: where to search.
@@ -122,16 +122,16 @@ def branch_and_bound(
         index: that cell.
 
     Returns:
-        Flat index and total. Of equal totals the first cell's counts, as in ``argmax``.
+        Flat index and total. Among equal totals the first cell wins, as in ``argmax``.
     """
-    if index < 0:  # start where the coarse map is best: the bound is tight at once
+    if index < 0:  # start where the coarse map is best, so that the bound is tight at once
         likely = np.flatnonzero(coarse >= coarse.max() - 0.02)
         likely = likely[: _BATCH // 8]
         totals = 0.5 * (lattice.dot(likely, vector) + coarse[likely])
         top = int(totals.argmax())
         index, best = int(likely[top]), float(totals[top])
     open_cells = np.flatnonzero(coarse >= 2 * best - 1 - _SLACK)
-    if 3 * len(open_cells) > len(coarse):  # the bound is loose: one pass in order of memory is quicker
+    if 3 * len(open_cells) > len(coarse):  # the bound is loose: one pass over all cells is quicker
         totals = 0.5 * (lattice.dot(None, vector) + coarse)
         top = int(totals.argmax())
         return top, float(totals[top])
@@ -140,7 +140,7 @@ def branch_and_bound(
     for start in range(0, len(open_cells), _BATCH):
         some = open_cells[start : start + _BATCH]
         if 0.5 * (1 + coarse[some[0]]) < best - _SLACK and start:
-            break  # in falling order: nobody after this one can win
+            break  # sorted in falling order: no later cell can win
         totals = 0.5 * (lattice.dot(some, vector) + coarse[some])
         highest = float(totals.max())
         first = int(some[totals == highest].min())

@@ -1,4 +1,4 @@
-"""Scans deformed by a known warp: where each of their points truly lies is known."""
+"""Scans deformed by a known warp, so that the true place of every point is known."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WARPED = "~warped"  # ends the name of a deformed scan
 
 @dataclass(frozen=True)
 class Warp:
-    """A smooth map of world mm without folds: an affine one and a few waves.
+    """A smooth map of world mm that does not fold: an affine map and a few sine waves.
 
     Attributes:
         matrix: (4, 4).
@@ -45,19 +45,19 @@ def draw_warp(
     rotation_deg: float = 8.0,
     scale: float = 0.1,
     shift_mm: float = 20.0,
-    bend_mm: float = 8.0,
+    wave_mm: float = 8.0,
     wavelength_mm: float = 120.0,
 ) -> Warp:
-    """A random warp about a centre; its bend is lowered until it cannot fold.
+    """A random warp about a centre; its waves are lowered until it cannot fold.
 
     Args:
         rng: of the draw.
-        centre_mm: (3,), stays about where it is.
-        rotation_deg: largest about each axis.
-        scale: largest change along each axis, as a share.
-        shift_mm: largest along each axis.
-        bend_mm: amplitude of each of four waves.
-        wavelength_mm: shortest.
+        centre_mm: (3,), moves little.
+        rotation_deg: largest angle about each axis.
+        scale: largest change of length along each axis, as a share.
+        shift_mm: largest shift along each axis.
+        wave_mm: amplitude of each of four waves.
+        wavelength_mm: the shortest wavelength.
     """
     linear = np.diag(1 + rng.uniform(-scale, scale, 3))
     for axis in range(3):
@@ -71,8 +71,9 @@ def draw_warp(
     waves = []
     for _ in range(4):
         direction = _unit(rng.normal(size=3)) * 2 * np.pi / (wavelength_mm * rng.uniform(1, 2))
-        waves.append((direction, _unit(rng.normal(size=3)) * bend_mm, float(rng.uniform(0, 2 * np.pi))))
-    # |derivative of the bend| <= sum |direction| |amplitude|; below the least stretch of the affine map nothing folds
+        waves.append((direction, _unit(rng.normal(size=3)) * wave_mm, float(rng.uniform(0, 2 * np.pi))))
+    # |derivative of the waves| <= sum |direction| |amplitude|; nothing folds below the affine map's least
+    # stretch
     steep = sum(float(np.linalg.norm(d) * np.linalg.norm(a)) for d, a, _ in waves)
     lower = min(1.0, 0.8 * float(np.linalg.svd(linear, compute_uv=False).min()) / steep)
     return Warp(matrix, tuple((d, a * lower, p) for d, a, p in waves))
@@ -84,13 +85,13 @@ def write_warped(
     """A store of scans and, beside each, the same scan deformed: ``name`` and ``name~warped``.
 
     Args:
-        store: to take scans from.
-        names: which.
+        store: the scans.
+        names: which of them to deform.
         out: folder of the new store.
         seed: of the warps.
 
     Returns:
-        The store, and per deformed scan the warp that takes its points to the original's.
+        The store, and for each deformed scan the warp that takes its points to the original's.
     """
     out, records, warps = Path(out), {}, {}
     for index, name in enumerate(names):
@@ -121,9 +122,9 @@ def write_warped(
 def deform(
     hu: NDArray[np.int16], affine: NDArray[np.float64], warp: Warp, fill: int = -1024
 ) -> NDArray[np.int16]:
-    """The scan whose voxel at y shows what the given one has at ``warp(y)``."""
+    """Deform a scan: the result shows at a point y what the scan shows at ``warp(y)``."""
     out = np.empty_like(hu)
-    for z in range(hu.shape[2]):  # a slice at a time bounds the memory of coordinates
+    for z in range(hu.shape[2]):  # slice by slice, to bound the memory of coordinates
         grid = np.stack(np.meshgrid(*(np.arange(n) for n in hu.shape[:2]), [z], indexing="ij"), axis=-1)
         source = to_voxels(affine, warp(to_world(affine, grid)).reshape(-1, 3)).T
         values = ndimage.map_coordinates(hu, source, order=1, mode="constant", cval=fill, output=np.float32)

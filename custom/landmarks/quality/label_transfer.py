@@ -1,4 +1,4 @@
-"""Points of a structure matched in another scan: do they land in the same structure?"""
+"""Match points of a structure in another scan: do they land in the same structure?"""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from custom.data.store.volume_store import VolumeStore
-from custom.landmarks.aligners.match import Aligner
-from custom.landmarks.quality.measures import Figures, Pair, ask
+from custom.landmarks.aligners.protocol import Aligner
+from custom.landmarks.quality.alignment_errors import Figures, Pair, query_aligner
 from custom.space import to_voxels, to_world
 
 
 class LabelFigures(NamedTuple):
-    """Per structure (label value): did its points land in it, how far off, how far apart are the centroids."""
+    """For each structure (label value): share of points inside it, their distances, and those of centroids."""
 
     inside: dict[int, Figures]
     distance_mm: dict[int, Figures]
@@ -32,7 +32,7 @@ def label_transfer(
     seed: int = 0,
     labels: Sequence[int] | None = None,
 ) -> LabelFigures:
-    """Match points of each structure; where do they land?
+    """Match points of each structure, and measure where they land.
 
     Args:
         aligner: to judge.
@@ -43,9 +43,9 @@ def label_transfer(
         labels: values to use; None for all that both scans of a pair have.
 
     Returns:
-        Per structure: 1 where a point landed in the same structure, else 0; its distance to that structure in mm, 0
-        inside; the distance between the centroid of what the points became and the key's centroid of the
-        structure. Unanswered points count as missed and infinitely far, and take no part in centroids.
+        For each structure: 1 for a point that landed in it, else 0; the point's distance to it in mm, 0
+        inside; the distance in mm between the centroid of the matched points and the key's centroid of the
+        structure. Points without an answer count as missed and infinitely far, and take no part in centroids.
     """
     found: tuple[dict[int, list], dict[int, list], dict[int, list]] = ({}, {}, {})
     read = functools.lru_cache(maxsize=2)(
@@ -58,33 +58,26 @@ def label_transfer(
             rng = np.random.default_rng([seed, index, int(value)])
             inside_q = np.argwhere(label_q == value)
             points = to_world(store.affine(name_q), inside_q[rng.integers(len(inside_q), size=num_points)])
-            asked = ask(aligner, (name_q, name_k), points, seed)
-            off = distance_to_structure(label_k == value, store.affine(name_k), asked.points_mm)
-            answered = np.isfinite(asked.points_mm).all(axis=1)
+            answers = query_aligner(aligner, (name_q, name_k), points, seed)
+            off = distance_to_structure(label_k == value, store.affine(name_k), answers.points_mm)
+            answered = np.isfinite(answers.points_mm).all(axis=1)
             centre_k = to_world(store.affine(name_k), np.argwhere(label_k == value).mean(axis=0))
-            # the points' own centroid differs from the structure's by chance: take that off
+            # the centroid of the drawn points differs from the structure's by chance: subtract that
             chance = points.mean(axis=0) - to_world(store.affine(name_q), inside_q.mean(axis=0))
             centroid = np.array([math.inf])
             if answered.any():
                 centroid = np.array(
-                    [np.linalg.norm(asked.points_mm[answered].mean(axis=0) - chance - centre_k)]
+                    [np.linalg.norm(answers.points_mm[answered].mean(axis=0) - chance - centre_k)]
                 )
             for table, values in zip(found, ((off == 0).astype(float), off, centroid), strict=True):
                 table.setdefault(int(value), []).append(values)
     return LabelFigures(*({value: Figures(rows) for value, rows in table.items()} for table in found))
 
 
-def structure_centroid_error(
-    aligner: Aligner, store: VolumeStore, pairs: Sequence[Pair], num_points: int = 20, seed: int = 0
-) -> dict[int, Figures]:
-    """Per structure, how far the centroid of its matched points lies from the key's own, in mm."""
-    return label_transfer(aligner, store, pairs, num_points, seed).centroid_mm
-
-
 def distance_to_structure(
     mask: NDArray[np.bool_], affine: NDArray[np.float64], points_mm: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """How far points (N, 3) lie from a structure's nearest voxel centre in mm; 0 where their own voxel is in it.
+    """Distance of points (N, 3) to the nearest voxel centre of a structure in mm; 0 for points in its voxels.
 
     Infinite for points that are nan.
     """

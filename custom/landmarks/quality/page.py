@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from custom.data.grid.profiles import window
 from custom.data.store.volume_store import VolumeStore
-from custom.landmarks.aligners.match import Aligner
-from custom.landmarks.quality.measures import Pair, Row, ask, body_points, errors_mm
-from custom.landmarks.quality.truth import Truth
+from custom.landmarks.aligners.protocol import Aligner
+from custom.landmarks.quality.alignment_errors import Pair, Row, body_points, errors_mm, query_aligner
+from custom.landmarks.quality.ground_truth import Truth
 from custom.report import Page
 from custom.space import to_voxels
 
@@ -30,7 +30,7 @@ def alignment_page(
     pictures: int = 6,
     seed: int = 0,
 ) -> Page:
-    """The page of ``alice check-alignment``: the table, then matched points; writes the pictures as PNG, too."""
+    """The page of ``alice check-alignment``: the table, then matched points. Also writes the pictures as PNG."""
     page = Page(
         "Alignment", f"{len(pairs)} pairs of scans from {store.path}, the same points for every aligner."
     )
@@ -38,8 +38,8 @@ def alignment_page(
     page.section("Figures").table(
         headers,
         cells,
-        "Value and 95 % interval (pairs drawn with replacement; none from fewer than three). A point without an answer counts as an "
-        "infinite error. Acceptance is by each aligner's own score.",
+        "Value and 95 % interval (pairs drawn with replacement; none with fewer than three). A point without an answer counts as an "
+        "infinite error. Each aligner accepts points by its own score.",
     )
     page.section("Matched points").text(
         "Above the query, below the key: axial, coronal and sagittal planes through the point, patient's right on the "
@@ -50,17 +50,17 @@ def alignment_page(
         _, points = next(iter(body_points(store, [pair], 1, seed + 1000 + number)))
         images = []
         for name, aligner in aligners.items():
-            asked = ask(aligner, pair, points, seed)
+            answers = query_aligner(aligner, pair, points, seed)
             back = (
-                ask(aligner, (pair[1], pair[0]), asked.points_mm, seed + 1)
-                if np.isfinite(asked.points_mm).all()
+                query_aligner(aligner, (pair[1], pair[0]), answers.points_mm, seed + 1)
+                if np.isfinite(answers.points_mm).all()
                 else None
             )
             cycle = errors_mm(back, points)[0] if back is not None else math.inf
-            caption = f"{name}: score {asked.scores[0]:.2f}{'' if asked.accepted[0] else ' (refused)'}, cycle error {cycle:.0f} mm"
+            caption = f"{name}: score {answers.scores[0]:.2f}{'' if answers.accepted[0] else ' (refused)'}, cycle error {cycle:.0f} mm"
             if truth is not None:
-                caption += f", error {errors_mm(asked, truth(pair[0], points, pair[1]))[0]:.0f} mm"
-            picture = pair_picture(store, pair, points[0], asked.points_mm[0])
+                caption += f", error {errors_mm(answers, truth(pair[0], points, pair[1]))[0]:.0f} mm"
+            picture = pair_picture(store, pair, points[0], answers.points_mm[0])
             matplotlib.image.imsave(out_dir / f"{number:02d}_{name}.png", picture)
             images.append((picture, caption))
         place = ", ".join(f"{value:.0f}" for value in points[0])
@@ -69,7 +69,7 @@ def alignment_page(
 
 
 def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headers and lines with one column per aligner: value and interval."""
+    """Headers and lines of the table, with one column for each aligner: value and interval."""
     names = list(dict.fromkeys(row["aligner"] for row in rows))
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
@@ -86,7 +86,7 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 def pair_picture(
     store: VolumeStore, pair: Pair, point_q: NDArray[np.float64], point_k: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Three planes of the query above three of the key, the point crossed, in [0, 1] (H, W, 3)."""
+    """Three planes of the query above three of the key, in [0, 1] (H, W, 3), with a cross at the point."""
     return np.concatenate([planes(store, pair[0], point_q), planes(store, pair[1], point_k)], axis=0)
 
 

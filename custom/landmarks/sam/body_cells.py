@@ -1,4 +1,4 @@
-"""Which cells of an embedding hold the patient's body."""
+"""Find the cells of an embedding that hold the patient's body."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from custom.data.grid.body import body_mask
 from custom.landmarks.sam.scan_grid import ScanEmbedding, cell_to_world
 from custom.space import to_voxels
 
-BODY_MARGIN = 2  # fine cells kept around the body, so that points of the skin have theirs (ours)
+BODY_MARGIN = 2  # fine cells kept around the body, so that points of the skin have a cell (ours)
 
 
 def body_cells(
@@ -23,7 +23,7 @@ def body_cells(
     Args:
         volume_hu: (X, Y, Z).
         affine: of the volume, voxel to world mm.
-        embedding: of it.
+        embedding: of the volume.
     """
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     mask, steps = body_mask(volume_hu, tuple(float(s) for s in spacing))

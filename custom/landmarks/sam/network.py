@@ -118,7 +118,7 @@ class SAM(nn.Module):
         self.apply(_initialise)
 
     def train(self, mode: bool = True) -> SAM:
-        """As of every module; what is trained is no longer what was loaded."""
+        """As in every module. Training clears ``weights_sha256``, since it changes the weights."""
         if mode:
             self.weights_sha256 = None
         return super().train(mode)
@@ -133,8 +133,8 @@ class SAM(nn.Module):
         Args:
             x: (B, 1, Z, Y, X), 2 mm isotropic, indices growing towards Superior, Posterior and Left, in the
                 network's units (:func:`hu_to_units`). Any size with Z >= 2.
-            unit_fine: False leaves the fine map as the network makes it, for a loss that compares few of its
-                cells and normalises those: a fifth of a training step less.
+            unit_fine: False leaves the fine map unnormalised. A loss that compares few cells can normalise
+                just these, which saves a fifth of a training step.
 
         Returns:
             ``fine`` of floor(Z / 2), ceil(Y / 2), ceil(X / 2) cells, ``coarse`` of half as many along z and
@@ -161,12 +161,12 @@ class SAM(nn.Module):
 
     @torch.no_grad()
     def embed(self, x: Tensor, *, slab: int = 32) -> SAMMaps:
-        """What ``forward`` computes in evaluation mode, in slabs of z where memory is large.
+        """Compute ``forward`` in evaluation mode, in slabs along z where it needs much memory.
 
-        The stem and first layer, at full resolution, take slabs of ``slab`` slices with a halo of two, which
-        is more than the one slice their receptive field reaches beyond a pair of slices; so does the fine
-        head's last convolution, with a halo of one cell. Everything between is small and runs on the whole
-        volume. The result therefore equals ``forward``'s everywhere, slab borders included, up to rounding.
+        The stem and the first layer run at full resolution, so they take slabs of ``slab`` slices with a halo
+        of two slices; their receptive field reaches only one slice beyond a pair. The fine head's last
+        convolution takes slabs with a halo of one cell. Everything in between is small and runs on the whole
+        volume. So the result equals ``forward``'s everywhere, also at the borders of slabs, up to rounding.
 
         Args:
             x: as for :meth:`forward`; slabs are moved to the network's device one at a time.
@@ -209,18 +209,18 @@ class SAM(nn.Module):
 
 
 def embed_scan(model: SAM, scan: Scan, *, spacing: float = SPACING_MM, slab: int = 32) -> ScanEmbedding:
-    """Embed a CT scan: orientation, spacing and units as the authors' reader sets them, then the network.
+    """Embed a CT scan: set orientation, spacing and units as the authors' reader does, then run the network.
 
     Args:
         model: in evaluation mode; its device is used.
         scan: path of a NIfTI file, MONAI's MetaTensor (X, Y, Z) or (1, X, Y, Z), or an (array, affine) pair;
             values in HU, affines from voxel index to world mm (RAS).
-        spacing: mm of the network's grid; the published network knows 2 mm.
+        spacing: mm of the network's grid; the published network was trained at 2 mm.
         slab: slices per slab, even; see :meth:`SAM.embed`.
 
     Returns:
-        The embeddings, on the model's device, with the cells that hold body (all of them where no body is found)
-        and what is known of the weights.
+        The embeddings, on the model's device, with the cells that hold body (all cells if no body is found)
+        and the checksum of the weights if it is known.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -248,7 +248,7 @@ def unit_length(maps: Tensor) -> Tensor:
 
 
 def _initialise(module: nn.Module) -> None:
-    """Kaiming, fan-out: the authors' fallback where no ImageNet weights are inflated."""
+    """Kaiming initialisation, fan-out; the authors use it when no ImageNet weights are given."""
     if isinstance(module, nn.Conv3d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if module.bias is not None:

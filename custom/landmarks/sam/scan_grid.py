@@ -1,4 +1,4 @@
-"""A scan as SAM takes it, on a grid of 2 mm and in the network's units, and where the cells of its maps lie."""
+"""Prepare a scan for SAM (2 mm grid, the network's units), and convert its cells to world mm and back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPACING_MM = 2.0  # isotropic; all of SAM's configurations
 HU_RANGE = (-1024.0, 3071.0)  # clipped to this, then mapped to [0, 255] and moved by -50
 UNIT_RANGE, UNIT_SHIFT = 255.0, -50.0
 STRIDES_ZYX: dict[Level, tuple[int, int, int]] = {"fine": (2, 2, 2), "coarse": (4, 16, 16)}
-# the voxel in which cell 0 is centred; the authors' training coordinates are averaged over a cell's voxels
+# the voxel at the centre of cell 0; the authors' training coordinates are means over a cell's voxels
 CENTRES_ZYX: dict[Level, tuple[float, float, float]] = {"fine": (0.5, 0.5, 0.5), "coarse": (1.5, 7.5, 7.5)}
 
 
@@ -85,15 +85,15 @@ def hu_to_units(volume_hu: Tensor) -> Tensor:
 def read_scan(scan: Scan) -> tuple[Tensor, NDArray[np.float64]]:
     """Values (X, Y, Z), float32 on the CPU, and affine to world mm of what :func:`embed_scan` takes.
 
-    A file is read as ``alice scan`` reads it, and refused if its values cannot be Hounsfield units or no patient lies in
-    its grid; of what lies in memory already, a crop perhaps, it is only said.
+    A file is read as ``alice scan`` reads it. It is refused if its values cannot be Hounsfield units, or if
+    its grid cannot hold a patient. Data in memory may be a crop, so for these there is only a warning.
     """
     array: Any
     if isinstance(scan, str | PathLike):
         if not Path(scan).is_file():
             raise FileNotFoundError(f"{scan}: no such file.")
         array, affine = read_volume(Path(scan), any_grid=False)
-        check_hu(Path(scan), array)  # for what it refuses; nothing is rounded here
+        check_hu(Path(scan), array)  # only for its refusals; nothing is rounded here
     elif isinstance(scan, tuple):
         array, affine = scan
     elif hasattr(scan, "affine"):
@@ -102,7 +102,7 @@ def read_scan(scan: Scan) -> tuple[Tensor, NDArray[np.float64]]:
             affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(affine)
     else:
         raise AliceError(
-            "A scan is a path, a MetaTensor or an (array, affine) pair: a bare array has no place."
+            "A scan is a path, a MetaTensor or an (array, affine) pair: a bare array lacks an affine."
         )
 
     if isinstance(array, Tensor):
@@ -118,35 +118,34 @@ def read_scan(scan: Scan) -> tuple[Tensor, NDArray[np.float64]]:
         raise AliceError(f"Expected an invertible 4 x 4 affine, got {matrix.tolist()}.")
     if not isinstance(scan, str | PathLike) and volume.min() > NO_AIR_HU:
         logger.warning(
-            "The scan's values run from %g to %g, without air: is it a CT in HU? SAM knows no other.",
+            "The scan's values run from %g to %g, without air: is it a CT in HU? SAM was trained on nothing else.",
             volume.min(),
             volume.max(),
         )
-    _say_if_odd(scan if isinstance(scan, str | PathLike) else "The scan", matrix, tuple(volume.shape))
+    _warn_if_odd(scan if isinstance(scan, str | PathLike) else "The scan", matrix, tuple(volume.shape))
     return volume, matrix
 
 
-def _say_if_odd(scan: object, affine: NDArray[np.float64], shape: tuple[int, ...]) -> None:
+def _warn_if_odd(scan: object, affine: NDArray[np.float64], shape: tuple[int, ...]) -> None:
     """Warn of a grid on which the network was not trained."""
     try:
         odd = [reason.value for reason in check_grid(affine, shape)]
-    except Fault as fault:  # files of that kind were refused
+    except Fault as fault:  # a file like this was refused before
         odd = [f"{fault.reason.value} {fault}"]
     if odd:
-        logger.warning("%s: %s. SAM was trained on upright scans: look at its matches.", scan, "; ".join(odd))
+        logger.warning("%s: %s. SAM was trained on upright scans: check its matches.", scan, "; ".join(odd))
 
 
 def to_grid(volume: Tensor, affine: NDArray[np.float64], *, spacing: float = SPACING_MM) -> GridVolume:
     """Turn a scan to the closest Left, Posterior, Superior axes and resample it linearly to cubic voxels.
 
-    As torchio's Resample, the first voxel's outer edge stays where it is: along an axis of n voxels of s mm
-    there are ceil(n s / spacing) voxels, the first centred at index (spacing / s - 1) / 2. Positions beyond
-    the outer centres take the border's value (torchio: 0 where they lie outside of the scan altogether). No
-    smoothing.
+    As in torchio's Resample, the outer edge of the first voxel stays in place: an axis of n voxels of s mm
+    becomes ceil(n s / spacing) voxels, the first centred at index (spacing / s - 1) / 2. Positions beyond the
+    outer centres take the border's value (torchio: 0 where they lie outside the scan). There is no smoothing.
 
     Args:
         volume: (X, Y, Z).
-        affine: (4, 4), voxel index to world mm (RAS); may be oblique, the grid then is as well.
+        affine: (4, 4), voxel index to world mm (RAS); if it is oblique, so is the new grid.
         spacing: mm.
 
     Returns:
@@ -166,10 +165,10 @@ def to_grid(volume: Tensor, affine: NDArray[np.float64], *, spacing: float = SPA
     voxel_mm = np.linalg.norm(affine[:3, :3], axis=0)
     step = spacing / voxel_mm  # input voxels per output voxel
     start = 0.5 * (step - 1.0)
-    # by coarsening axes first the intermediate volumes stay small
+    # axes that become coarser go first, so that intermediate volumes stay small
     for axis in np.argsort(-step):
         size = volume.shape[axis]
-        # 1e-3 voxels forgive affines stored in float32, which would add an empty slice
+        # tolerate 1e-3 voxels: affines stored in float32 would add an empty slice
         new_size = max(math.ceil(size / step[axis] - 1e-3), 1) if size > 1 else 1
         volume = _sample_axis(volume, int(axis), start[axis] + step[axis] * np.arange(new_size))
     resampled = affine.copy()
@@ -191,7 +190,7 @@ def _sample_axis(volume: Tensor, axis: int, position: NDArray[np.float64]) -> Te
 
 
 def cell_to_world(index_zyx: ArrayLike, affine: ArrayLike, level: Level) -> NDArray[np.float64]:
-    """Where cells lie: fine cell k is centred at voxel 2k + 0.5, a coarse one at 16k + 7.5 (z: 4k + 1.5).
+    """World mm of cells: fine cell k is centred at voxel 2k + 0.5, coarse cell k at 16k + 7.5 (z: 4k + 1.5).
 
     Args:
         index_zyx: (..., 3) cell indices in z, y, x order, fractions allowed.
@@ -209,7 +208,8 @@ def cell_to_world(index_zyx: ArrayLike, affine: ArrayLike, level: Level) -> NDAr
 def world_to_cell(point_mm: ArrayLike, affine: ArrayLike, level: Level) -> NDArray[np.float64]:
     """Cell indices (..., 3) in z, y, x order, with fractions, of points (..., 3) in world mm.
 
-    Undoes :func:`cell_to_world`. Rounded, it is the cell that holds the point; it may lie outside of the map.
+    The inverse of :func:`cell_to_world`. Rounded, it is the cell that holds the point; it may lie outside the
+    map.
     """
     inverse = np.linalg.inv(np.asarray(affine, dtype=np.float64))
     voxel_xyz = np.asarray(point_mm, dtype=np.float64) @ inverse[:3, :3].T + inverse[:3, 3]

@@ -1,4 +1,4 @@
-"""SAM's weights in a file of our own: safetensors with what one must know to use them, complete or refused."""
+"""Save and load SAM's weights: a safetensors file with metadata, checked when loaded."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from custom.files import replacing
 from custom.landmarks.sam.network import SAM
 from custom.landmarks.sam.scan_grid import HU_RANGE, SPACING_MM
 
-FORMAT = "alice-sam-1"
-KEY = "sam"  # of the metadata, which is one JSON text
+FORMAT = "alice-sam-2"
+KEY = "sam"  # the metadata is one JSON text under this key
 NAMES = {"torch.float16": torch.float16, "torch.float32": torch.float32}
 
 
@@ -31,19 +31,19 @@ def save_sam(
     *,
     dtype: torch.dtype = torch.float16,
 ) -> dict[str, Any]:
-    """Write SAM's weights and what one must know to use them.
+    """Write SAM's weights and the metadata needed to use them.
 
     Args:
         path: ``.safetensors``.
         model: SAM; DDP-wrapped or not.
-        metadata: plain values: on what, and how long, it was trained.
+        metadata: plain values, such as the training data and steps.
         dtype: of the floating-point tensors in the file; float16 halves it.
 
     Returns:
         The metadata as written, with format, width, embedding_dim, spacing, HU range and the weights' sha256.
 
     Raises:
-        ValueError: for another suffix or type, a network that is no SAM, weights that are not finite (or too
+        ValueError: for another suffix or type, another network than SAM, weights that are not finite (or too
             large for ``dtype``), or if the file cannot be written.
     """
     path = Path(path)
@@ -80,11 +80,11 @@ def load_sam_weights(path: str | PathLike[str]) -> SAM:
         path: ``.safetensors``; nothing is unpickled.
 
     Returns:
-        The network; :func:`read_sam_metadata` has what the file says of it.
+        The network; :func:`read_sam_metadata` reads the file's metadata.
 
     Raises:
-        ValueError: if the file is missing, damaged, altered, of another kind or another grid, or if one tensor is
-            missing, too many, or of another shape.
+        ValueError: if the file is missing, damaged, altered, of another kind or another grid, or if a tensor
+            is missing, unknown, or of another shape.
     """
     metadata, state = _read(Path(path))
     model = SAM(metadata["width"], metadata["embedding_dim"])
@@ -110,26 +110,26 @@ def load_sam_weights(path: str | PathLike[str]) -> SAM:
 
 
 def read_sam_metadata(path: str | PathLike[str]) -> dict[str, Any]:
-    """What a file of ``save_sam`` says of its weights, checked for format and grid.
+    """The metadata of a file that ``save_sam`` wrote, checked for format and grid.
 
     Raises:
-        ValueError: as :func:`load_sam_weights`, for what concerns the metadata.
+        ValueError: as :func:`load_sam_weights`, except for tensors.
     """
     return _read(Path(path), tensors=False)[0]
 
 
 def note_in_weights(path: str | PathLike[str], notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to what a file of ``save_sam`` says of its weights; the tensors, and their sha256, stay as they are.
+    """Add notes to the metadata of a file that ``save_sam`` wrote; tensors and their sha256 stay the same.
 
     Args:
-        path: ``.safetensors``, replaced whole.
+        path: ``.safetensors``; the file is replaced as a whole.
         notes: plain values, such as a calibrated ``threshold``.
 
     Returns:
         The metadata as written.
 
     Raises:
-        ValueError: as :func:`load_sam_weights`, or if a note would change what describes the tensors.
+        ValueError: as :func:`load_sam_weights`, or if a note would change a value that describes the tensors.
     """
     path = Path(path)
     metadata, state = _read(path)
@@ -152,12 +152,14 @@ def note_in_weights(path: str | PathLike[str], notes: Mapping[str, Any]) -> dict
 
 
 def sha256_of(state: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and values, in the order of names."""
+    """Checksum of a state dict: names, shapes, types and bytes, in order of names."""
     digest = hashlib.sha256()
     for name in sorted(state):
-        value = state[name].contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.numpy().tobytes())
+        tensor = state[name].detach().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        # as bytes, since numpy lacks bfloat16; flat, since torch views neither scalars nor odd strides as
+        # bytes
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -168,7 +170,9 @@ def _write(path: Path, state: Mapping[str, Tensor], content: Mapping[str, Any]) 
 
 def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
-        raise AliceError(f"{path}: no such file. Name SAM's weights; bundles/sam_landmarks/models has some.")
+        raise AliceError(
+            f"{path}: no such file. Name SAM's weights; the bundle's are in bundles/sam_landmarks/models."
+        )
     if path.suffix != ".safetensors":
         raise AliceError(
             f"{path}: SAM's own weights are .safetensors. For the authors' SAM.pth: custom.transfer.official.load_sam."
@@ -184,7 +188,8 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, T
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         found = metadata.get("format") if isinstance(metadata, dict) else None
         raise AliceError(
-            f"{path}: not SAM's weights as save_sam writes them (format {found!r}, expected {FORMAT!r})."
+            f"{path}: not SAM's weights as save_sam writes them (format {found!r}, expected {FORMAT!r}). "
+            "Use the weights in bundles/sam_landmarks/models, or export your run again."
         )
     for name in ("width", "embedding_dim"):
         if not isinstance(metadata.get(name), int) or metadata[name] < 1:

@@ -1,4 +1,4 @@
-"""How good is an aligner? The same figures for each, with intervals, as a table and a page."""
+"""Measure aligners: the same figures for each, with intervals, as a table and a page."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from numpy.typing import NDArray
 
 from custom.data.store.volume_store import VolumeStore
 from custom.errors import AliceError
-from custom.evaluation.scores.rows import write_rows
-from custom.landmarks.aligners.match import Aligner
+from custom.evaluation.scores.csv_rows import write_rows
+from custom.landmarks.aligners.protocol import Aligner
 from custom.landmarks.embeddings.embed import embed_store
-from custom.landmarks.quality.known_warp import write_warped
-from custom.landmarks.quality.label_transfer import label_transfer
-from custom.landmarks.quality.measures import (
+from custom.landmarks.quality.alignment_errors import (
     Figures,
     Pair,
     Row,
@@ -24,8 +22,10 @@ from custom.landmarks.quality.measures import (
     landmark_error,
     truth_error,
 )
+from custom.landmarks.quality.ground_truth import Truth, read_landmarks
+from custom.landmarks.quality.known_warp import write_warped
+from custom.landmarks.quality.label_transfer import label_transfer
 from custom.landmarks.quality.page import alignment_page
-from custom.landmarks.quality.truth import Truth, read_landmarks
 from custom.landmarks.sam.weights import load_sam_weights, read_sam_metadata
 
 
@@ -48,16 +48,18 @@ def alignment_table(
         aligners: by the name to show.
         store: the scans.
         pairs: (query, key) names.
-        num_points: per pair, and per structure and pair.
+        num_points: for each pair, and for each structure of a pair.
         seed: of all draws; the points are the same for every aligner.
         truth: true correspondence, if there is one.
         landmarks: see :func:`read_landmarks`.
         label_names: of label values.
-        landmark_pairs, labelled_pairs: for what only some scans have; by default those of ``pairs`` that have it.
+        landmark_pairs, labelled_pairs: pairs of scans with landmarks, or with labels; by default those among
+            ``pairs``.
 
     Returns:
-        Rows of aligner, measure, statistic, value, its 95 % interval (low, high: pairs drawn with replacement; nan from fewer than
-        three), pairs and points. What was not answered counts as an infinite error.
+        Rows of aligner, measure, statistic, value, its 95 % interval (low, high), pairs and points. Intervals
+        are from pairs drawn with replacement; they are nan with fewer than three. A point without an answer
+        counts as an infinite error.
     """
     rows: list[Row] = []
     if labelled_pairs is None:
@@ -107,15 +109,15 @@ def warp_rows(
     num_points: int = 100,
     seed: int = 0,
 ) -> list[Row]:
-    """Target registration error between scans and themselves, deformed by known smooth maps.
+    """Target registration error between scans and copies of them that known smooth maps deformed.
 
     Args:
         store: the scans.
         names: which to deform.
-        make_aligners: of a store and a folder of its embeddings.
-        out_dir: gets ``warped``, a store of both, and ``warped_embeddings``.
-        weights: of SAM, to embed them with; None if no aligner needs that.
-        num_points: of each body.
+        make_aligners: makes them from a store and the folder of its embeddings.
+        out_dir: folder for ``warped``, a store of scans and copies, and ``warped_embeddings``.
+        weights: of SAM, to embed both; None if no aligner needs embeddings.
+        num_points: points in each body.
         seed: of the maps and points.
 
     Returns:
@@ -142,7 +144,7 @@ def warp_rows(
 def draw_pairs(
     store: VolumeStore, count: int, seed: int = 0, names: Sequence[str] | None = None
 ) -> list[Pair]:
-    """Ordered pairs of different patients' scans, all of them or ``count`` at random.
+    """Ordered pairs of scans of different patients: ``count`` at random, or all if there are fewer.
 
     Raises:
         ValueError: if there are none.
@@ -150,7 +152,9 @@ def draw_pairs(
     chosen = list(names) if names is not None else store.names
     every = [(q, k) for q in chosen for k in chosen if store.patient(q) != store.patient(k)]
     if not every:
-        raise AliceError(f"{store.path}: a pair is two patients' scans; there are none among {chosen[:5]}.")
+        raise AliceError(
+            f"{store.path}: a pair needs scans of two patients; there is none among {chosen[:5]}."
+        )
     picked = np.random.default_rng(seed).permutation(len(every))[:count]
     return [every[i] for i in sorted(picked)]
 
@@ -176,21 +180,22 @@ def check_alignment(
         store: the scans.
         aligners: by the name to show.
         out_dir: folder to write.
-        pairs: how many to draw, or which.
-        points: per pair, and per structure and pair.
+        pairs: number of pairs to draw, or the pairs.
+        points: number for each pair, and for each structure of a pair.
         seed: of all draws.
         names: scans to draw from; None for all.
         truth: see :func:`alignment_table`; for phantoms, ``phantom_truth(store, folder)``.
         landmark_csv: see :func:`read_landmarks`.
         label_names: of label values.
         pictures: pairs in the gallery, each with one point and all aligners.
-        more: rows for the table, as of :func:`warp_rows`.
+        more: further rows for the table, such as those of :func:`warp_rows`.
 
     Returns:
         The table's rows.
 
     Raises:
-        ValueError: if there are no pairs, or the landmarks cannot be read or name no pair of the store's scans.
+        ValueError: if there are no pairs, or the landmarks cannot be read or name no pair of the store's
+            scans.
     """
     out_dir = Path(out_dir)
     landmarks = read_landmarks(landmark_csv) if landmark_csv is not None else None
@@ -201,7 +206,7 @@ def check_alignment(
     of_some: dict[str, list[Pair]] = {}
     if isinstance(pairs, int):
         chosen = draw_pairs(store, pairs, seed, names)
-        # what few scans have is asked of pairs among these few
+        # what only some scans have is measured on pairs of those scans
         offered = store.names if names is None else list(names)
         labelled = [name for name in offered if store.has_label(name)]
         if len({store.patient(name) for name in labelled}) > 1:
@@ -210,7 +215,7 @@ def check_alignment(
             marked = [name for name in offered if name in landmarks]
             if len({store.patient(name) for name in marked}) < 2:
                 raise AliceError(
-                    f"{landmark_csv}: marks {', '.join(marked)} of {store.path}; a pair is two patients' scans."
+                    f"{landmark_csv}: marks {', '.join(marked)} of {store.path}; a pair needs scans of two patients."
                 )
             of_some["landmark_pairs"] = draw_pairs(store, pairs, seed, marked)
     else:

@@ -1,4 +1,4 @@
-"""How sure a mean is: bootstrap intervals, the signed-rank test, and Holm's adjustment."""
+"""How certain a mean is: bootstrap intervals, the signed-rank test, and Holm's adjustment."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from scipy import stats
 
 from custom.errors import AliceError
 
-MIN_CASES = 3  # with two, an interval is but the two (ours)
+MIN_CASES = 3  # an interval of two cases would only repeat the two values (ours)
 
 
 class Interval(NamedTuple):
-    """Where the mean lies, at the level asked for; nan where there is too little to say."""
+    """Confidence interval of a mean; nan if there are too few cases."""
 
     low: float
     high: float
@@ -25,17 +25,17 @@ class Interval(NamedTuple):
 def bootstrap_interval(
     values: ArrayLike, *, seed: int = 0, draws: int = 10_000, level: float = 0.95
 ) -> Interval:
-    """Bootstrap interval of a mean; given paired differences, of the mean difference.
+    """Bootstrap interval of a mean, or of a mean difference if the values are paired differences.
 
     Cases are drawn with replacement. One row of values gives the bias-corrected and accelerated interval
-    (BCa). Several rows are training seeds: seeds and cases are both drawn, independently, and the interval
-    is the percentile one. With few cases or seeds any bootstrap interval is too narrow.
+    (BCa). Several rows are training seeds: seeds and cases are drawn independently, and the interval is the
+    percentile one. With few cases or seeds any bootstrap interval is too narrow.
 
     Args:
         values: (cases,) or (seeds, cases); nan where there is no value.
-        seed: of the draws.
-        draws: how many.
-        level: the interval's coverage, in (0, 1).
+        seed: of the random draws.
+        draws: number of draws.
+        level: coverage of the interval, in (0, 1).
 
     Returns:
         The interval; nan if there are fewer than three cases.
@@ -71,8 +71,8 @@ def bootstrap_interval(
 def signed_rank_p(differences: ArrayLike) -> float:
     """Two-sided p of Wilcoxon's signed-rank test; zeros keep their ranks (Pratt), infinities rank highest.
 
-    Nan is left out. Zeros alone give 1, nothing at all gives nan. With fewer than six differences no outcome
-    falls below 0.05.
+    Nan values are left out. If all differences are zero, p is 1; if there are none, p is nan. With fewer than
+    six differences p cannot fall below 0.05.
     """
     values = np.asarray(differences, dtype=float)
     values = values[~np.isnan(values)]
@@ -81,7 +81,7 @@ def signed_rank_p(differences: ArrayLike) -> float:
     values = np.where(np.isinf(values), values, values.round(12))  # 0.9 - 0.8 and 0.8 - 0.7 are a tie
     if not values.any():
         return 1.0
-    # the test sees ranks alone, so that a stand-in of the same rank makes infinities finite
+    # only ranks matter to the test, so finite stand-ins of the same rank replace infinities
     _, stand_in = np.unique(np.append(np.abs(values), 0.0), return_inverse=True)
     return float(stats.wilcoxon(np.sign(values) * stand_in[:-1], zero_method="pratt").pvalue)
 
@@ -93,15 +93,15 @@ def _bca_levels(
     observed = cases.mean()
     below = np.mean(means < observed) + np.mean(means == observed) / 2
     bias = stats.norm.ppf(np.clip(below, 1 / (len(means) + 1), len(means) / (len(means) + 1)))
-    pulls = cases - observed  # what leaving a case out does to the mean, up to a factor that cancels
-    spread = (pulls**2).sum() ** 1.5
-    acceleration = (pulls**3).sum() / (6 * spread) if spread > 0 else 0.0
+    influences = cases - observed  # how each case changes the mean, up to a factor that cancels
+    spread = (influences**2).sum() ** 1.5
+    acceleration = (influences**3).sum() / (6 * spread) if spread > 0 else 0.0
     shifted = bias + stats.norm.ppf(levels)
     return stats.norm.cdf(bias + shifted / (1 - acceleration * shifted))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment; nan counts as no test."""
+    """Holm's step-down adjustment of p values; a nan is not counted as a test."""
     order = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
     adjusted = list(p_values)
     largest = 0.0

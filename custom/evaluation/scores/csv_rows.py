@@ -1,4 +1,4 @@
-"""Rows of scores in a CSV file, every digit kept."""
+"""Rows of scores in a CSV file, with every digit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read what :func:`write_rows` wrote; scores are numbers again, unknown columns stay text.
 
     Raises:
-        ValueError: naming file, line and column of a value that is no number, or a line of other length.
+        ValueError: naming file, line and column of a value that is not a number, or the line that has too few
+            or too many values.
     """
     rows = []
     with open(path, encoding="utf-8", newline="") as file:
@@ -56,7 +57,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                     row[column] = _NUMBERS[column](row[column])
                 except ValueError:
                     raise AliceError(
-                        f"'{path}', line {reader.line_num}: {column} is '{row[column]}', which is no number."
+                        f"'{path}', line {reader.line_num}: {column} is '{row[column]}', which is not a number."
                     ) from None
             rows.append(row)
     return rows

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import ndimage
-from test_consensus import AFFINE, MIDDLE_MM, across, embedding, some_points
 from test_matching import structured
+from test_pair_map import AFFINE, MIDDLE_MM, across, embedding, some_points
 
 from custom.landmarks.embeddings.embedding_map import prepare, query_cells
 from custom.landmarks.embeddings.file import save_embedding
 from custom.landmarks.embeddings.lattice import pool
 from custom.landmarks.embeddings.stored import StoredEmbedding
-from custom.landmarks.matching.near import (
+from custom.landmarks.matching.local_search import (
     FINE_SHARE,
     NEAR_MM,
     ROUGH_NEAR_MM,

@@ -1,4 +1,4 @@
-"""Where points truly lie in another scan: known of warped scans and of phantoms, or marked by hand."""
+"""True places of points in another scan: known for warped scans and phantoms, or marked by hand."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from custom.landmarks.training.places import phantom_image
 from custom.space import to_voxels
 
 Truth: TypeAlias = Callable[[str, NDArray[np.float64], str], NDArray[np.float64]]
-FAR_MM = 1.0  # a phantom's place whose canonical residual exceeds this lies outside of the scan
+FAR_MM = 1.0  # a phantom's point with a larger canonical residual lies outside the scan
 
 
 def warp_truth(warps: Mapping[str, Warp], store: VolumeStore) -> Truth:
-    """For pairs (``name~warped``, ``name``): where each point truly lies; nan outside the original's voxels."""
+    """The true places for pairs (``name~warped``, ``name``); nan outside the original's voxels."""
 
     def truth(scan_q: str, points_mm: NDArray[np.float64], scan_k: str) -> NDArray[np.float64]:
         found = warps[scan_q](points_mm)
@@ -45,7 +45,7 @@ def phantom_truth(store: VolumeStore, folder: str | Path) -> Truth:
         folder: that ``alice phantom`` wrote, with ``images`` (or ``imagesTr``) and ``canonical``.
 
     Raises:
-        ValueError: when it is asked about a scan that has no files there.
+        ValueError: when the returned function is called for a scan without files there.
     """
     folder = Path(folder)
 
@@ -93,7 +93,7 @@ def read_landmarks(path: str | Path) -> dict[str, dict[str, NDArray[np.float64]]
                 point = np.array([float(line[axis]) for axis in "xyz"])
             except (TypeError, ValueError) as error:
                 raise AliceError(
-                    f"{path}, line {reader.line_num}: no coordinates in mm ({error})."
+                    f"{path}, line {reader.line_num}: not coordinates in mm ({error})."
                 ) from error
             found.setdefault(line["scan"], {})[line["landmark"]] = point
     return found

@@ -1,4 +1,4 @@
-"""Is run B better than run A? Paired differences with intervals and tests, and every failure counted."""
+"""Statistics per organ and overall: one run alone, or two runs compared case by case."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from custom.errors import AliceError
-from custom.evaluation.statistics.intervals import Interval, bootstrap_interval, holm, signed_rank_p
 from custom.evaluation.statistics.paired_rows import (
     Pair,
     Row,
@@ -22,18 +21,19 @@ from custom.evaluation.statistics.paired_rows import (
     run_counts,
     seeds_by_cases,
 )
+from custom.evaluation.statistics.significance import Interval, bootstrap_interval, holm, signed_rank_p
 
 OVERALL = "overall"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An organ, or all of them (``overall``), in run A and in run B.
+    """One organ, or all of them (``overall``), in run A and in run B.
 
-    The means, the difference B - A and its interval rest on the ``num_pairs`` pairs that are finite in both
-    runs. ``counts`` says in words what else there is: ``absent`` (from the reference and both predictions),
-    ``without a score`` (nan in a run), and for each run ``missed in A``, ``spurious in A``, ``failed in A`` (no
-    prediction at all), ``infinite in A`` (HD95 of the three before: in no mean, yet ranked worst in the
+    The means, the difference B - A and its interval are over the ``num_pairs`` pairs that are finite in both
+    runs. ``counts`` has all other pairs: ``absent`` (from the reference and both predictions), ``without a
+    score`` (nan in a run), and for each run ``missed in A``, ``spurious in A``, ``failed in A`` (no
+    prediction at all), ``infinite in A`` (the HD95 of these three: in no mean, but ranked worst in the
     organ's test) and ``only in A``.
     """
 
@@ -71,11 +71,11 @@ def compare(
         rows_a: rows of :func:`custom.evaluation.scores.metrics.case_rows`, of all cases.
         rows_b: the same of the other run.
         metric: ``dsc``, ``nsd``, ``hd95`` or another column of numbers.
-        seed: of the bootstrap's draws.
-        draws: how many.
+        seed: of the bootstrap's random draws.
+        draws: number of draws.
 
     Returns:
-        A line per organ in the order of the rows, then ``overall``. Differences are B - A.
+        One line for each organ in the order of the rows, then ``overall``. Differences are B - A.
 
     Raises:
         ValueError: if a run scores an organ of a case twice, the runs share no case or followed different
@@ -112,7 +112,7 @@ def compare(
 def summarise(
     rows: Sequence[Row], metric: str = "dsc", *, seed: int = 0, draws: int = 10_000
 ) -> list[Summary]:
-    """Mean, interval and counts of one run per organ and, over the means of cases, overall.
+    """Mean, interval and counts of one run, for each organ and overall (over the cases' means).
 
     Raises:
         ValueError: if the run scores an organ of a case twice, or the metric is missing.
@@ -133,10 +133,10 @@ def summarise(
 
 
 def merge_folds(folds: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
-    """Put the rows of all folds together, each with its ``fold``: the one it names, else its place in the list.
+    """Join the rows of all folds. A row without a ``fold`` gets the place of its list.
 
     Raises:
-        ValueError: naming a case that two folds scored: it cannot have been held back from both.
+        ValueError: if two folds scored the same case, which cannot have been held back in both.
     """
     home: dict[Pair, int] = {}
     merged = []
@@ -153,9 +153,9 @@ def merge_folds(folds: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
 
 
 def worst_rows(rows: Sequence[Row], metric: str = "dsc", count: int = 4) -> list[Row]:
-    """The rows that deserve a look, worst score first; those without a score are left out.
+    """The rows with the worst scores, worst first; rows without a score are left out.
 
-    Of equal scores (missed organs, say) the larger organ comes first.
+    Among equal scores, such as those of missed organs, the larger organ comes first.
     """
     sign = -1 if metric == "hd95" else 1  # a distance is worst when large
     scored = [row for row in rows if not math.isnan(row[metric])]

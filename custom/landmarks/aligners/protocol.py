@@ -1,4 +1,4 @@
-"""What an aligner is: a point of one scan in, the same point of another scan out."""
+"""The interface of aligners: given a point of one scan, find the same point of another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Map = Callable[[np.ndarray], np.ndarray]  # (..., 3) mm of one scan -> (..., 3) 
 
 
 class ScanGeometry(Protocol):
-    """What an aligner may ask of a collection of scans (a ``VolumeStore`` answers it)."""
+    """What an aligner needs from a collection of scans; a ``VolumeStore`` provides it."""
 
     def affine(self, name: str) -> np.ndarray: ...
     def body_box_mm(self, name: str) -> np.ndarray: ...
@@ -26,10 +26,10 @@ class Match(NamedTuple):
 
 
 class Aligner(Protocol):
-    """One interface for every way to find the same anatomy."""
+    """A way to find the same anatomy in another scan."""
 
     name: str
-    threshold: float  # matches that score less are not to be used
+    threshold: float  # do not use matches with a lower score
 
     def align(self, scan_q: str, point_mm: np.ndarray, scan_k: str, rng: np.random.Generator) -> Match:
         """The point of ``scan_k`` that corresponds to ``point_mm`` of ``scan_q``."""

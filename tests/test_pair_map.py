@@ -12,11 +12,11 @@ from test_matching import structured, waves
 from custom.landmarks.aligners.sam import MIN_SUPPORT
 from custom.landmarks.embeddings.blocks import make_blocks
 from custom.landmarks.embeddings.embedding_map import prepare
-from custom.landmarks.matching.near import match_near
+from custom.landmarks.matching.local_search import match_near
 from custom.landmarks.matching.pair_map import (
     PairMap,
+    draw_places,
     fit_pair_map,
-    places_of,
     refine_pair_map,
     robust_affine,
 )
@@ -158,7 +158,7 @@ def test_places_that_correct_a_map_lie_in_the_body():
     body[3:, 5:20, 4:9] = True  # ends within 8 mm cells, and at the last of an odd number of slices
     map_q = prepare(replace(scan, body=body))
     for about in (None, cell_to_world(np.array([[12, 12, 6]]), scan.affine, "fine")[0]):
-        places = places_of(map_q, about)
+        places = draw_places(map_q, about)
         assert len(places) == 240 if about is None else 5 < len(places) <= 64
         cells = np.rint(world_to_cell(places, scan.affine, "fine")).astype(int)
         off = np.linalg.norm(

@@ -1,28 +1,30 @@
-"""Comparisons and summaries as text: cells, and Markdown tables."""
+"""Comparisons and summaries as cells of text and as Markdown tables."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 
-from custom.evaluation.statistics.intervals import Interval
-from custom.evaluation.statistics.statistics import Comparison, Summary
+from custom.evaluation.statistics.per_organ import Comparison, Summary
+from custom.evaluation.statistics.significance import Interval
 
 METRIC_NAMES = {"dsc": "DSC", "nsd": "NSD", "hd95": "HD95 in mm"}
 COLUMNS = ("organ", "pairs", "mean A", "mean B", "B - A", "95 % interval", "p", "p (Holm)", "counted")
 HOW = (
     "Paired by case. Intervals: bootstrap of the mean difference over cases (BCa), or over seeds and cases "
-    "where there are several seeds (percentile); from few cases, ten say, they are too narrow, from two there is none. p: Wilcoxon signed-rank test on cases, two-sided; Holm's "
-    "adjustment is over the organs. Overall: means of cases over the organs measured in both runs."
+    "where there are several seeds (percentile). With few cases, about ten, they are too narrow; with two there is none. "
+    "p: Wilcoxon signed-rank test on cases, two-sided; Holm's adjustment is over the organs. Overall: means of cases "
+    "over the organs measured in both runs."
 )
 SUMMARY_HOW = (
-    '"of" is the number of scores in the mean. An organ missed, spurious or of a failed case has DSC and NSD 0 in '
-    "the mean, and no finite HD95. Overall: means of cases over their organs. Intervals: bootstrap over cases (BCa), too narrow from few; from two there is none."
+    '"of" is the number of scores in the mean. A missed or spurious organ, and every organ of a failed case, counts '
+    "as DSC and NSD 0 and has no finite HD95. Overall: means of cases over their organs. Intervals: bootstrap over "
+    "cases (BCa). With few cases they are too narrow; with two there is none."
 )
 
 
 def table_cells(lines: Sequence[Comparison], digits: int = 4) -> list[list[str]]:
-    """The comparison as text, a list per line in the order of :data:`COLUMNS`; counts of 0 go unsaid."""
+    """The comparison as text, one list for each line, in the order of :data:`COLUMNS`; counts of 0 are left out."""
     return [
         [
             line.organ,
@@ -48,7 +50,7 @@ def to_markdown(
     digits: int = 4,
     how: bool = True,
 ) -> str:
-    """The comparison as a Markdown table, with what A and B are and, unless ``how`` is off, what the columns mean."""
+    """The comparison as a Markdown table that names A and B and, with ``how``, explains the columns."""
     header = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 2) + " --- |"]
     cells = table_cells(lines, digits)
     rows = ["| " + " | ".join([markdown_text(organ), *numbers]) + " |" for organ, *numbers in cells]
@@ -58,7 +60,7 @@ def to_markdown(
 
 
 def summary_markdown(summaries: Mapping[str, Sequence[Summary]], digits: int = 4) -> str:
-    """One run as a Markdown table: per organ the mean of each metric, and what speaks against it.
+    """One run as a Markdown table: for each organ the mean of each metric, and its counts.
 
     Args:
         summaries: ``{metric: summarise(rows, metric)}``.
@@ -74,17 +76,17 @@ def summary_markdown(summaries: Mapping[str, Sequence[Summary]], digits: int = 4
             low, high = line.interval
             interval = "–" if math.isnan(low) else f"[{low:.{digits}f}, {high:.{digits}f}]"
             cells += [_number(line.mean, f".{digits}f"), interval, str(line.num_scores)]
-        # the infinite and the nan of a metric follow from "of" and from these
-        said = {
+        # "of" and the other counts already tell how many scores are infinite or nan
+        shown = {
             what: n for what, n in of_organ[0].counts.items() if what not in ("infinite", "without a score")
         }
-        cells.append(", ".join(f"{count} {what}" for what, count in said.items() if count) or "–")
+        cells.append(", ".join(f"{count} {what}" for what, count in shown.items() if count) or "–")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", SUMMARY_HOW, ""])
 
 
 def markdown_text(text: str) -> str:
-    """Text that stays text in a Markdown table."""
+    """Escape text for use in a Markdown table."""
     for sign in "\\`*_[]<|":
         text = text.replace(sign, "&lt;" if sign == "<" else "\\" + sign)
     return " ".join(text.split())

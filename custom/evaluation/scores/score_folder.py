@@ -1,4 +1,4 @@
-"""A folder of predictions scored against a folder of references, every case counted."""
+"""Score a folder of predictions against a folder of references; every case counts."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from custom.evaluation.scores.case_files import (
 from custom.evaluation.scores.masks import label_map
 from custom.evaluation.scores.metrics import case_rows
 from custom.evaluation.scores.rules import BTCV, FLARE22, ScoringRule, plain_rule
-from custom.evaluation.statistics.statistics import summarise
-from custom.evaluation.statistics.tables import summary_markdown
+from custom.evaluation.statistics.markdown import summary_markdown
+from custom.evaluation.statistics.per_organ import summarise
 
 RULES = {"flare22": FLARE22, "btcv": BTCV}
 PLAIN_TOLERANCE_MM = 2.0  # between FLARE22's strictest organs and its usual ones (ours)
@@ -39,9 +39,10 @@ class Scored:
     """What :func:`score_folder` found.
 
     Attributes:
-        rows: of :func:`custom.evaluation.scores.metrics.case_rows`, case by case, with ``fold`` and ``seed`` if known.
+        rows: of :func:`custom.evaluation.scores.metrics.case_rows`, case by case, with ``fold`` and ``seed``
+            if known.
         failed: cases without a prediction; their rows have the status ``failed``.
-        strangers: prediction files of no case.
+        strangers: prediction files that belong to no case.
     """
 
     rows: list[dict[str, Any]]
@@ -52,20 +53,22 @@ class Scored:
 def make_rule(
     name: str, organs: Sequence[str] | str | None = None, tolerance_mm: float | Sequence[float] | None = None
 ) -> ScoringRule:
-    """The protocol of a name.
+    """The scoring rule with this name.
 
     Args:
         name: ``flare22`` or ``btcv``, which fix everything, or ``plain``.
-        organs: of ``plain``: names of the labels 1, 2, ...; or the metadata.json of a bundle, which names them.
-        tolerance_mm: of ``plain``: one for all organs, or one each.
+        organs: for ``plain``, the names of the labels 1, 2, ..., or the metadata.json of a bundle that names
+            them.
+        tolerance_mm: for ``plain``, one number for all organs or one for each.
 
     Raises:
-        ValueError: for an unknown name, organs or tolerances where the rule fixes them, or none where it does not.
+        ValueError: for an unknown name, for organs or tolerances that the rule fixes already, or for
+            ``plain`` without organs.
     """
     if name in RULES:
         if organs is not None or tolerance_mm is not None:
             raise AliceError(
-                f"The rules '{name}' fix organs and tolerances; with your own they are --rules plain."
+                f"The rules '{name}' fix organs and tolerances; to choose your own, use --rules plain."
             )
         return RULES[name]
     if name != "plain":
@@ -83,7 +86,7 @@ def make_rule(
 
 
 def read_cases(cases: str | Sequence[Any] | None) -> list[str] | None:
-    """Names of cases from a list, a text with commas, or a text file with one a line.
+    """Names of cases from a list, a comma-separated text, or a text file with one name per line.
 
     Raises:
         ValueError: if a file holds none.
@@ -111,21 +114,22 @@ def score_folder(
     seed: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scored:
-    """Score every reference; one without a prediction is a failure with DSC and NSD 0.
+    """Score every reference. A case without a prediction is a failure: its DSC and NSD are 0.
 
     Args:
         predictions: folder of label maps on the original images' grids.
         references: folder or datalist of label maps; decides which cases there are.
         rule: the protocol.
         cases: only these.
-        fold: written into the rows; where the split or the datalist says which cases it has, only these are scored.
+        fold: written into the rows. If the split or the datalist has folds, only the cases of this one are
+            scored.
         split: the folds.json of a bundle.
         seed: of the training, written into the rows.
         progress: called with cases done and cases in all.
 
     Raises:
         ValueError: naming the file, for another grid, a label the rule does not know, or a reference without
-            any label; if no prediction matches a case; or a fold holds none.
+            any label; if no prediction matches a case, or the fold holds no case.
     """
     everyone = find_references(references)
     if split is not None:
@@ -134,7 +138,7 @@ def score_folder(
     found, strangers = match_files(predictions, everyone)
     if not any(reference.case in found for reference in wanted):
         raise AliceError(
-            f"{predictions}: none of its files is of a case to score ({wanted[0].case}, ...), they are of "
+            f"{predictions}: none of its files belongs to a case to score ({wanted[0].case}, ...); they belong to "
             f"{', '.join(sorted(found)[:5])}; check the fold."
         )
     folds = [reference.fold if fold is None else fold for reference in wanted]
@@ -155,10 +159,10 @@ def score_folder(
 def score_case(
     prediction: Path | None, reference: Path, rule: ScoringRule, case: str
 ) -> list[dict[str, Any]]:
-    """The rows of one case; without a prediction they are failures.
+    """The rows of one case; without a prediction it is a failure.
 
-    A failure scores 0 on every organ that the reference holds, and on absent ones unless the rule leaves those
-    out of its means.
+    A failure scores 0 on every organ of the reference. It also scores 0 on absent organs, unless the rule
+    leaves those out of its means.
     """
     truth = read_case_file(reference)
     labels_r = _labels(truth, rule)
@@ -174,15 +178,15 @@ def score_case(
     guess = read_case_file(prediction)
     refuse_other_grid(guess, truth)
     labels_p = _labels(guess, rule)
-    # rules that speak of slices mean axial ones; the last axis is that of every challenge's files, so that
-    # axes are moved only where a file is stored otherwise, and never flipped
+    # rules mean axial slices, which challenges store along the last axis; other files get their axes moved,
+    # never flipped
     axes = np.argsort(nib.io_orientation(truth.affine)[:, 0])
     spacing = [truth.spacing[axis] for axis in axes]
     return case_rows(labels_p.transpose(axes), labels_r.transpose(axes), spacing, rule, case=case)
 
 
 def score_markdown(scored: Scored, rule: ScoringRule) -> str:
-    """The run in a table per organ, and in words what was not measured."""
+    """A table of the run with one line per organ, after sentences about what was not measured."""
     num_cases = len({row["case"] for row in scored.rows})
     said = [f"**{rule.name}**, {num_cases} cases, {len(scored.failed)} of them without a prediction."]
     if scored.failed:
@@ -190,7 +194,9 @@ def score_markdown(scored: Scored, rule: ScoringRule) -> str:
     if scored.strangers:
         names = ", ".join(str(path) for path in scored.strangers[:5])
         more = ", ..." if len(scored.strangers) > 5 else ""
-        said.append(f"Left out, as no reference is theirs: {len(scored.strangers)} files ({names}{more}).")
+        said.append(
+            f"Left out, since no reference belongs to them: {len(scored.strangers)} files ({names}{more})."
+        )
     summaries = {metric: summarise(scored.rows, metric) for metric in ("dsc", "nsd", "hd95")}
     return "\n\n".join([*said, summary_markdown(summaries)])
 
@@ -223,5 +229,5 @@ def _organ_names(organs: Sequence[str] | str) -> tuple[str, ...]:
         return tuple(channels[str(label)] for label in range(1, len(channels)))
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise AliceError(
-            f"{organs}: no bundle's metadata.json with network_data_format.outputs.pred.channel_def ({error!r})."
+            f"{organs}: not the metadata.json of a bundle with network_data_format.outputs.pred.channel_def ({error!r})."
         ) from error

@@ -1,4 +1,4 @@
-"""Points found near where they are expected: among all fine cells, or, many at once, among 8 mm means of them."""
+"""Search for points near their expected places: among fine cells, or faster among their 8 mm means."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ from custom.landmarks.sam.scan_grid import cell_to_world, world_to_cell
 
 Array = NDArray[Any]
 
-FINE_SHARE = (
-    0.75  # of the similarity that tells near cells apart (ours; a search of the whole scan takes half)
-)
-SHARPNESS = 0.026  # differences of similarity that count as much as one standard deviation of nearness (ours)
-NEAR_MM = 6.0  # how far from where it is expected a point may well lie (standard deviation; ours)
-REACH_MM = 20.0  # and how far it is looked for (ours)
-ROUGH_NEAR_MM = 8.0  # the same among 8 mm means, where less is known (ours)
-ROUGH_REACH = 3  # cells of 8 mm
-OUTSIDE_MM = 8.0  # a point expected farther off a scan's voxels than this is not looked for (ours)
+FINE_SHARE = 0.75  # weight of fine similarity among near cells (ours; one half in a search of the whole scan)
+SHARPNESS = 0.026  # this difference of similarity counts as much as one standard deviation of distance (ours)
+NEAR_MM = 6.0  # standard deviation of a point's distance from its expected place (ours)
+REACH_MM = 20.0  # how far from its expected place a point is searched (ours)
+ROUGH_NEAR_MM = 8.0  # as NEAR_MM, among 8 mm means, which are less exact (ours)
+ROUGH_REACH = 3  # as REACH_MM, in cells of 8 mm
+OUTSIDE_MM = 8.0  # a point that is expected farther outside a scan than this is not searched (ours)
 _TOGETHER = 128  # points whose surroundings are in memory at a time
 
 
 def match_near(
     points_mm: ArrayLike, expected_mm: ArrayLike, embedding_q: Searchable, embedding_k: Searchable
 ) -> Matches:
-    """Find points near where they are expected.
+    """Find points near their expected places.
 
-    The answer is the mean of all fine cells within reach, weighed by similarity and nearness, plus what the point
-    lies off its own cell's middle. The score is the mean of fine and coarse similarity at the likeliest cell.
+    The answer is the mean of all fine cells within reach, weighted by similarity and nearness, plus the
+    point's offset from the middle of its own cell. The score is the mean of fine and coarse similarity at the
+    likeliest cell.
 
     Args:
         points_mm: (N, 3) world mm, of scan Q.
@@ -48,8 +47,8 @@ def match_near(
         embedding_k: of the scan to search.
 
     Returns:
-        Points and scores. A point off Q's grid or body gets nan and -1. One that is expected off K's, by more than
-        8 mm, is given where it is expected, with score -1: not to be used as a match.
+        Points and scores. A point outside Q's grid or body gets nan and score -1. A point that is expected
+        more than 8 mm outside K's grid is returned at its expected place with score -1; it is not a match.
 
     Raises:
         ValueError: if the embeddings do not compare.
@@ -86,12 +85,13 @@ def match_near(
 def match_roughly_near(
     points_mm: ArrayLike, expected_mm: ArrayLike, embedding_q: Searchable, embedding_k: Searchable
 ) -> Array:
-    """As :func:`match_near`, among means of 2 x 2 x 2 fine cells, all points at once: a tenth of its time.
+    """As :func:`match_near`, but among means of 2 x 2 x 2 fine cells, which takes a tenth of the time.
 
-    A point expected off K's grid is looked for, too, and may be found at its edge: ask :func:`outside_mm`.
+    A point that is expected outside K's grid is also searched, and may be found at its edge; see
+    :func:`outside_mm`.
 
     Returns:
-        (N, 3) world mm of K; nan for a point off Q's grid or body, or with no body of K within 24 mm.
+        (N, 3) world mm of K; nan for a point outside Q's grid or body, or without any body of K within 24 mm.
 
     Raises:
         ValueError: if the embeddings do not compare.
@@ -108,7 +108,7 @@ def match_roughly_near(
 
 
 def _rough_means(cells_zyx: Array, expected: Array, map_q: EmbeddingMap, map_k: EmbeddingMap) -> Array:
-    """Means (n, 3) of the 8 mm cells about the expected places, weighed for the fine cells (n, 3) of Q."""
+    """Weighted means (n, 3) of the 8 mm cells around the expected places, for fine cells (n, 3) of Q."""
     lattice = map_k.pooled_lattice
     size = np.array(lattice.grid)
     middle = np.rint((world_to_cell(expected, map_k.affine, "fine") - 0.5) / 2).astype(int)
@@ -119,7 +119,7 @@ def _rough_means(cells_zyx: Array, expected: Array, map_q: EmbeddingMap, map_k: 
     if lattice.outside is not None:
         within = within & ~lattice.outside[flat].reshape(shape)
 
-    # of what is outside something is read, too, and gets no weight
+    # cells outside are read as well, but get no weight
     vectors = map_k.pooled_vectors(flat).reshape(*shape, -1)
     fine_part = np.einsum("nmc,nc->nm", vectors, map_q.fine_vectors(cells_zyx), optimize=True)
     box = _coarse_box(around, lattice)
@@ -127,7 +127,7 @@ def _rough_means(cells_zyx: Array, expected: Array, map_q: EmbeddingMap, map_k: 
     similar = np.einsum("zyxc,nc->nzyx", context, coarse_vectors(map_q, cells_zyx), optimize=True)
     row, coarse_part = np.repeat(np.arange(shape[0]), shape[1]), np.zeros(len(flat), np.float32)
     for corner, part in corners_at(lattice.weights, tuple(around.T)):
-        # a corner off the box weighs nothing
+        # a corner outside the box has weight 0
         z, y, x = (
             np.clip(c - span.start, 0, span.stop - span.start - 1)
             for c, span in zip(corner, box, strict=True)
@@ -147,14 +147,14 @@ def _rough_means(cells_zyx: Array, expected: Array, map_q: EmbeddingMap, map_k: 
 
 
 def _likelihood(fine: Array, coarse: Array, places: Array, expected: Array, near_mm: float) -> Array:
-    """Logarithm of how likely a point lies at each of some places (..., 3), but for a constant."""
+    """Log-likelihood, up to a constant, that a point lies at each of some places (..., 3)."""
     similar = FINE_SHARE * fine + (1 - FINE_SHARE) * coarse
     likely: Array = similar / SHARPNESS - ((places - expected) ** 2).sum(axis=-1) / (2 * near_mm**2)
     return likely
 
 
 def _ball(reach: int) -> Array:
-    """Offsets (m, 3) of cells no farther than ``reach``."""
+    """Offsets (m, 3) of all cells within ``reach``."""
     steps = np.arange(-reach, reach + 1)
     offsets = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
     return offsets[(offsets**2).sum(axis=1) <= reach**2]
@@ -164,7 +164,7 @@ _BALL = _ball(ROUGH_REACH)
 
 
 def _coarse_similarity_near(cells: Array, vector: Array, scan: EmbeddingMap) -> Array:
-    """Similarities (z, y, x) of a coarse vector (C,) to the coarse cells that fine cells (n, 3) lie between; 0 elsewhere."""
+    """Similarities (z, y, x) of a coarse vector (C,) to the coarse cells around fine cells (n, 3); 0 elsewhere."""
     box = _coarse_box(cells, scan.fine_lattice)
     similarity = np.zeros(scan.coarse_stored.shape[:3], np.float32)
     similarity[box] = scan.coarse_stored[box].astype(np.float32) @ vector
@@ -172,7 +172,7 @@ def _coarse_similarity_near(cells: Array, vector: Array, scan: EmbeddingMap) -> 
 
 
 def _coarse_box(cells: Array, lattice: Lattice) -> tuple[slice, ...]:
-    """The coarse cells, along z, y, x, that cells (n, 3) of a lattice lie between."""
+    """The box of coarse cells, along z, y, x, around cells (n, 3) of a lattice."""
     spans = [
         np.flatnonzero(weights[low : high + 1].any(axis=0))
         for weights, low, high in zip(lattice.weights, cells.min(0), cells.max(0), strict=True)
@@ -181,7 +181,7 @@ def _coarse_box(cells: Array, lattice: Lattice) -> tuple[slice, ...]:
 
 
 def outside_mm(points_mm: Array, scan: EmbeddingMap) -> Array:
-    """How far points lie outside of a scan's voxels, along the axis where it is most; infinite for nan."""
+    """How far points lie outside a scan's voxels, along the worst axis; negative inside, infinite for nan."""
     inverse = np.linalg.inv(scan.affine)
     voxels = points_mm @ inverse[:3, :3].T + inverse[:3, 3]
     off = np.maximum(-0.5 - voxels, voxels - (np.array(scan.shape) - 0.5)).max(axis=1)
@@ -190,7 +190,7 @@ def outside_mm(points_mm: Array, scan: EmbeddingMap) -> Array:
 
 
 def _cells_near(point_mm: Array, scan: EmbeddingMap) -> Array:
-    """Fine cells (n, 3) of the body in a box about a point; none if the point lies far off the body."""
+    """Fine cells (n, 3) of the body in a box around a point; none if the body is not near."""
     middle = world_to_cell(point_mm, scan.affine, "fine")
     reach = REACH_MM / np.linalg.norm(
         cell_to_world(np.eye(3), scan.affine, "fine") - cell_to_world(np.zeros(3), scan.affine, "fine"),
