@@ -894,7 +894,7 @@ def small_bundle(weights, tmp_path_factory):
         for key, value in TINY.items():
             head, _, tail = key.partition("::")
             content.__setitem__(head, value) if not tail else content[head].__setitem__(tail, value)
-        path.write_text(json.dumps(content))  # JSON is YAML
+        ConfigParser.export_config_file(content, str(path), fmt="yaml")
     save_file(torch.load(weights, weights_only=True), bundle / "models" / "model.safetensors")
     write_copies(bundle)
     return bundle
@@ -982,7 +982,7 @@ def copy_of(bundle, folder):
     )
 
 
-def test_two_bundles_in_one_process_use_their_own_functions(tmp_path):
+def test_two_bundles_in_one_process_use_their_own_functions():
     found = {
         name: parser_of("train", bundle=REPO / "bundles" / name).get_parsed_content("scripts")
         for name in BUNDLES
@@ -990,27 +990,26 @@ def test_two_bundles_in_one_process_use_their_own_functions(tmp_path):
     for name, scripts in found.items():
         assert Path(scripts.cases.__file__).parent == REPO / "bundles" / name / f"scripts_{name}"
     assert len({scripts.cases.Cases for scripts in found.values()}) == 2
+    before = list(sys.path)
+    assert parser_of("train").get_parsed_content("scripts") is found["alice_seg_flare"]
+    assert sys.path == before  # a server parses a config for every request
 
 
 def test_two_copies_of_one_bundle_use_their_own_functions(tmp_path):
-    stock, names = parser_of("train"), ("stock", "changed")
     changed = copy_of(FLARE, tmp_path)
     path = changed / "scripts_alice_seg_flare" / "scans.py"
     path.write_text(path.read_text().replace("no scan found in", "nothing to be seen in"))
+    stock = parser_of("train").get_parsed_content("scripts")
+    before = sys.path.count(str(FLARE))
     try:
-        parsers = {"stock": stock, "changed": parser_of("train", bundle=changed)}
-        said = {
-            name: parsers[name].get_parsed_content("scripts").scans.inference_problems([], "here")
-            for name in names
-        }
+        other = parser_of("train", bundle=changed).get_parsed_content("scripts")
         again = parser_of("train").get_parsed_content("scripts")
+        found = [sys.path.count(str(bundle)) for bundle in (FLARE, changed)]
     finally:
         sys.path[:] = [folder for folder in sys.path if folder != str(changed)]
-    assert said == {
-        "stock": ["dataset_dir: no scan found in here."],
-        "changed": ["dataset_dir: nothing to be seen in here."],
-    }
-    assert Path(again.__file__).parent.parent == FLARE
+    for scripts, told in ((stock, "no scan found"), (other, "nothing to be seen"), (again, "no scan found")):
+        assert scripts.scans.inference_problems([], "here") == [f"dataset_dir: {told} in here."]
+    assert found == [before, 1]
 
 
 @pytest.mark.parametrize("names, key", [
@@ -1040,6 +1039,7 @@ def test_workers_that_are_spawned_cut_crops(cohort, tmp_path):
         "ckpt_dir": "run",
         "labelled": 2,
         "workers": 1,
+        "val_interval": 2,
     }
     arguments = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
     done = subprocess.run(

@@ -35,7 +35,9 @@ def of(bundle_root: str) -> ModuleType:
         return sys.modules[__name__]
     for name in [name for name in sys.modules if name == __name__ or name.startswith(f"{__name__}.")]:
         del sys.modules[name]
-    sys.path.insert(0, str(wanted.parent))
+    if str(wanted.parent) in sys.path:
+        sys.path.remove(str(wanted.parent))
+    sys.path.insert(0, str(wanted.parent))  # in front, as workers that are spawned search the path from there
     importlib.invalidate_caches()
     return importlib.import_module(__name__)
 
