@@ -118,10 +118,8 @@ def load_whole(network: nn.Module, path: str | Path) -> dict[str, Tensor]:
             f"{path}: no such file. Train the bundle first, or name other weights: --weights FILE"
         )
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, SafetensorError) as error:
         raise WeightsError(f"{path}: not readable as weights ({str(error).splitlines()[0]}).") from error
     if isinstance(state, dict) and isinstance(state.get("model"), Mapping):
