@@ -6,7 +6,7 @@ RUN = quickstart
 TRAIN = bundles/alice_pretrain/configs/train.yaml
 SMOKE = bundles/alice_pretrain/configs/smoke.yaml
 
-.PHONY: setup quickstart test fast check format docs smoke show package test-label clean
+.PHONY: setup quickstart test fast check format docs smoke show bundles package test-label clean
 
 setup: $(VENV)/.installed
 
@@ -32,8 +32,9 @@ quickstart: setup
 	$(BIN)/alice picture $(RUN)/run --to $(RUN)/picture.png
 	@echo "Done. Look at $(RUN)/picture.png; TensorBoard: $(BIN)/tensorboard --logdir $(RUN)/run"
 
+# everything but GPU tests, on all cores, one thread each
 test: setup
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu"
 
 # on all cores, one thread each; a file's tests stay together and share what they set up
 fast: setup
@@ -62,18 +63,24 @@ BUNDLE ?= alice_pretrain
 show: setup
 	@$(BIN)/python -m custom.bundles.release show bundles/$(BUNDLE)/configs/train.yaml
 
+# what MONAI Label and monai.bundle.load need of a checkout: configs in JSON and models/model.pt; not in git
+bundles: setup
+	$(BIN)/python -W ignore -m custom.bundles.copies
+
 # zips, checksums, and models/model_info.json; RELEASE_URL=https://... where the zips will lie
 package: setup
 	$(BIN)/python -W ignore -m custom.bundles.release package dist $(RELEASE_URL)
 
-# both segmentation bundles in the real MONAI Label, over HTTP; its environment takes 4 GB. STUDIES=FOLDER for your own scans
+# both segmentation bundles, as their zips hold them, in the real MONAI Label over HTTP. Its environment takes 4 GB.
+# STUDIES=FOLDER for your own scans
 LABEL_VENV ?= .label-venv
-test-label:
+ACCEPT = $(LABEL_VENV)/bin/python -W ignore tests/label/accept.py
+test-label: setup
 	sh tests/label/setup.sh $(LABEL_VENV) $(PYTHON)
-	@for bundle in bundles/alice_seg_flare bundles/alice_seg_btcv; do \
-	  echo "== $$bundle"; \
-	  $(LABEL_VENV)/bin/python -W ignore tests/label/accept.py $$bundle $(if $(STUDIES),--studies $(STUDIES)) || exit 1; \
-	done
+	rm -rf build/label
+	$(BIN)/python -W ignore -m custom.bundles.release unpacked build/label
+	$(ACCEPT) build/label/alice_seg_flare --beside build/label/alice_seg_btcv $(if $(STUDIES),--studies $(STUDIES))
+	$(ACCEPT) build/label/alice_seg_btcv --beside build/label/alice_seg_flare $(if $(STUDIES),--studies $(STUDIES))
 
 clean:
 	rm -rf build dist quickstart

@@ -13,6 +13,7 @@ from monai.data.torchscript_utils import load_net_with_metadata
 from monai.handlers import CheckpointLoader
 from monai.inferers import sliding_window_inference
 from monai.networks.nets import UNETR, SwinUNETR
+from safetensors.torch import save_file
 from torch import nn
 
 from custom.bundles import deploy
@@ -118,6 +119,29 @@ def test_a_bundles_network_comes_with_its_weights_and_all_that_feeding_it_takes(
     window = sample_window((1, 1, *ROI), seed=3)
     with torch.no_grad():
         torch.testing.assert_close(found.network(window), unetr()(window), rtol=0, atol=0)
+
+
+def test_a_checkout_without_model_pt_gives_its_model_safetensors(bundle):
+    from_pt = read_bundle(bundle).metadata
+    save_file(unetr().state_dict(), bundle / "models" / "model.safetensors")
+    assert read_bundle(bundle).metadata["weights"] == "model.pt"
+    (bundle / "models" / "model.pt").unlink()
+    found = read_bundle(bundle)
+    assert found.metadata == from_pt | {"weights": "model.safetensors"}
+    for name, tensor in unetr().state_dict().items():
+        torch.testing.assert_close(found.network.state_dict()[name], tensor, rtol=0, atol=0)
+    path = bundle / "models" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(WeightsError, match=r"model.safetensors: not readable as weights"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["alice_seg_flare", "alice_seg_btcv"])
+def test_a_segmentation_bundle_is_read_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = read_bundle(REPO / "bundles" / name)
+    assert found.input_shape == (1, 64, 64, 64) and found.metadata["spacing"] == [3.0, 3.0, 3.0]
+    assert found.metadata["labels"]["0"] == "background"
 
 
 def test_torchscript_answers_as_the_network_for_batches_too_and_stock_monai_reads_its_metadata(bundle):

@@ -16,17 +16,14 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import REPO, write_scan
+from monai.bundle import ConfigParser
+from safetensors.torch import load_file, save_file
 
-from custom.bundles.release import (
-    MODEL_INFO,
-    has_weights,
-    list_bundles,
-    model_info,
-    needs_own_code,
-    package,
-    show,
-)
+from custom.bundles.copies import copies, needs_own_code, write_copies
+from custom.bundles.release import MODEL_INFO, has_weights, list_bundles, model_info, package, show, unpack
+from custom.errors import AliceError
 
 # `python -m monai.bundle ...` of somebody who does not have this package: the installed copy is hidden,
 # one that lies beside the configs (on sys.path) is found.
@@ -62,6 +59,8 @@ def toy(tmp_path):
         "configs/train.yaml": "# custom.methods.alice is not used here\nx: 1\n",
         "configs/extra.yaml": "network_def: {_target_: custom.encoders.nnformer.NNFormer}\n",
         "models/model.pt": "weights",
+        "scripts_toy/__init__.py": "",
+        "scripts_toy/__pycache__/x.pyc": "",
         "LICENSE": "free",
     }.items():
         (bundle / name).parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +119,8 @@ def test_zips_are_the_same_every_time_and_hold_what_runs_and_nothing_else(toy, t
     (toy / "LICENSE").chmod(0o600)
     second = package(tmp_path / "b", toy.parent)[0]
     assert first.name == "toy_v0.1.0.zip" and first.read_bytes() == second.read_bytes()
-    kept = {"LICENSE", "configs/metadata.json", "configs/train.yaml", "configs/extra.yaml", "models/model.pt"}
+    kept = {"LICENSE", "models/model.pt", "scripts_toy/__init__.py"}
+    kept |= {f"configs/{name}" for name in ("metadata.json", "train.yaml", "train.json", "extra.yaml")}
     assert set(zipfile.ZipFile(first).namelist()) == {f"toy/{name}" for name in kept}
     # a changed byte shows in the zip and so in its checksum
     (toy / "models" / "model.pt").write_text("Weights")
@@ -138,9 +138,7 @@ def test_own_code_goes_only_with_bundles_that_name_it(released):
         folder = path.name.split("_v")[0]
         assert all(name.startswith(f"{folder}/") for name in names)
         assert {f"{folder}/LICENSE", f"{folder}/configs/metadata.json"} <= names
-        assert (f"{folder}/custom/alice/losses.py" in names) == (
-            folder in {"alice_pretrain", "sam_landmarks"}
-        )
+        assert (f"{folder}/custom/errors.py" in names) == (folder in {"alice_pretrain", "sam_landmarks"})
         assert not any("__pycache__" in name for name in names)
 
 
@@ -225,7 +223,49 @@ def test_the_landmark_zip_embeds_from_its_own_copy_of_our_code(download, tmp_pat
     assert any((tmp_path / "out").iterdir())
 
 
+def test_a_release_holds_both_forms_and_git_one(toy, tmp_path):
+    state = {"b": torch.rand(3), "a": torch.rand(2, 2).half()}
+    save_file(state, toy / "models" / "model.safetensors")
+    torch.save({"b": state["b"], "a": state["a"] + 1}, toy / "models" / "model.pt")
+    with pytest.raises(AliceError, match=r"model.pt: holds other weights than model.safetensors beside it"):
+        package(tmp_path / "dist", toy.parent)
+    (toy / "models" / "model.pt").unlink()
+    (folder,) = unpack(tmp_path / "unpacked", toy.parent)
+    assert json.loads((folder / "configs" / "train.json").read_text()) == {"x": 1}
+    found = torch.load(folder / "models" / "model.pt", weights_only=True)
+    other = load_file(folder / "models" / "model.safetensors")
+    assert found.keys() == other.keys() == state.keys()
+    assert all(torch.equal(found[k], state[k]) and found[k].dtype == state[k].dtype for k in state)
+    assert not (toy / "models" / "model.pt").exists() and not (toy / "configs" / "train.json").exists()
+    with pytest.raises(AliceError, match=r"toy: is there already"):
+        unpack(tmp_path / "unpacked", toy.parent)
+
+
+def test_a_checkout_gets_the_second_form_by_one_command_as_often_as_you_like(toy):
+    save_file({"a": torch.rand(2)}, toy / "models" / "model.safetensors")
+    (toy / "models" / "model.pt").unlink()
+    made = write_copies(toy)
+    assert [path.relative_to(toy).as_posix() for path in made] == ["configs/train.json", "models/model.pt"]
+    before = [path.read_bytes() for path in made]
+    (toy / "configs" / "train.yaml").write_text("x: 2\n")
+    write_copies(toy)
+    assert json.loads(made[0].read_text()) == {"x": 2} and made[1].read_bytes() == before[1]
+    (toy / "configs" / "train.yaml").write_text("loss: {_target_: custom.methods.alice.losses.AliceLoss}\n")
+    made[0].unlink()
+    assert copies(toy) == {}  # programs that ask for the second form could not run this one
+
+
 SEGMENTATION = [p.name for p in list_bundles(REPO / "bundles") if p.name.startswith("alice_seg")]
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_segmentation_bundles_get_what_monai_label_and_load_ask_for(name):
+    bundle = REPO / "bundles" / name
+    made = copies(bundle)
+    assert made.keys() == {"configs/train.json", "configs/inference.json", "models/model.pt"}
+    for config in ("train", "inference"):
+        yaml = ConfigParser.load_config_file(bundle / "configs" / f"{config}.yaml")
+        assert json.loads(made[f"configs/{config}.json"]) == yaml
 
 
 @pytest.mark.slow

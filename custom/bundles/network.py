@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from monai.bundle import ConfigParser
 from monai.transforms import Compose, Orientationd, ScaleIntensityRanged, Spacingd
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from custom.errors import AliceError
@@ -45,7 +47,7 @@ def read_bundle(
 
     Args:
         folder: with ``configs/inference.yaml`` (or .json) holding ``network_def``, ``inferer`` and ``preprocessing``.
-        weights: other than the bundle's ``models/model.pt``.
+        weights: other than the bundle's ``models/model.pt`` or, where that is missing, ``models/model.safetensors``.
         overrides: config files on top, as ``swin_unetr.yaml``: paths, or names in the bundle's ``configs``.
 
     Raises:
@@ -79,7 +81,7 @@ def read_bundle(
         about = json.loads(meta.read_text(encoding="utf-8"))
     formats = about.get("network_data_format", {})
     channels = formats.get("inputs", {}).get("image", {}).get("num_channels", 1)
-    path = Path(weights) if weights else folder / "models" / "model.pt"
+    path = Path(weights) if weights else _own_weights(folder)
     state = load_whole(network, path)
     metadata = {
         "name": about.get("name", folder.name),
@@ -93,8 +95,16 @@ def read_bundle(
     return Deployable(network.eval().cpu(), (channels, *roi), metadata)
 
 
+def _own_weights(folder: Path) -> Path:
+    """A release has both files, with the same tensors; a checkout has the second one."""
+    files = [folder / "models" / name for name in ("model.pt", "model.safetensors")]
+    return next((file for file in files if file.is_file()), files[0])
+
+
 def load_whole(network: nn.Module, path: str | Path) -> dict[str, Tensor]:
-    """Fill a network from a plain state dict, or one under ``model``; every tensor, or none is accepted.
+    """Fill a network with every tensor of a ``.safetensors``, or of a state dict that ``torch.save`` wrote.
+
+    The state dict may lie under ``model``, as MONAI Label writes it.
 
     Returns:
         The state dict as it lies in the file.
@@ -108,8 +118,9 @@ def load_whole(network: nn.Module, path: str | Path) -> dict[str, Tensor]:
             f"{path}: no such file. Train the bundle first, or name other weights: --weights FILE"
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        safe = path.suffix == ".safetensors"
+        state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, SafetensorError) as error:
         raise WeightsError(f"{path}: not readable as weights ({str(error).splitlines()[0]}).") from error
     if isinstance(state, dict) and isinstance(state.get("model"), Mapping):
         state = state["model"]

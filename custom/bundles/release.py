@@ -1,6 +1,7 @@
 """Release zips that run by themselves: a bundle's folder, with this package beside its configs where it needs it.
 
 python -m custom.bundles.release package dist [URL]      URL: where the zips will lie, for models/model_info.json
+python -m custom.bundles.release unpacked FOLDER         the bundles as their zips hold them
 python -m custom.bundles.release show bundles/alice_pretrain/configs/train.yaml
 """
 
@@ -12,12 +13,13 @@ import json
 import re
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from monai.bundle import ConfigParser
 
 from custom import __version__
+from custom.bundles.copies import copies, needs_own_code
 from custom.errors import AliceError
 from custom.files import replacing
 
@@ -26,10 +28,9 @@ MODEL_INFO = REPO / "models" / "model_info.json"
 # relative to the repository's page, as the file cannot know where it is published
 RELEASE_URL = f"releases/download/v{__version__}"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_PARTS = ("LICENSE", "configs", "docs", "models")  # what runs leave in the folder stays at home
+_PARTS = ("LICENSE", "configs", "docs", "models", "scripts*")  # what runs leave in the folder stays at home
 _WEIGHTS = {"model.pt", "model.safetensors"}
 _MODELS = _WEIGHTS | {"model.json", "README.md"}  # not model_finetuned.pt, model.ts and their like
-_OWN_CODE = re.compile(r"(?<![\w.])custom\.\w")
 
 
 def package(target: Path, bundles: Path = REPO / "bundles") -> list[Path]:
@@ -51,6 +52,25 @@ def package(target: Path, bundles: Path = REPO / "bundles") -> list[Path]:
         with replacing(target / name) as draft:
             draft.write_bytes(data)
     return [target / name for name in built]
+
+
+def unpack(target: Path, bundles: Path = REPO / "bundles") -> list[Path]:
+    """Write every bundle that has weights as its zip holds it, and return the folders.
+
+    Args:
+        target: folder to write; it must not hold a bundle yet, since old files would stay among the new ones.
+        bundles: folder of bundles.
+
+    Raises:
+        AliceError: if a bundle cannot be released, or lies in ``target`` already.
+    """
+    sources = [bundle for bundle in list_bundles(bundles) if has_weights(bundle)]
+    for folder in (target / bundle.name for bundle in sources):
+        if folder.exists():
+            raise AliceError(f"{folder}: is there already. Delete it, or name another folder.")
+    for bundle in sources:
+        zipfile.ZipFile(io.BytesIO(zip_bundle(bundle))).extractall(target)
+    return [target / bundle.name for bundle in sources]
 
 
 def list_bundles(bundles: Path) -> list[Path]:
@@ -81,7 +101,9 @@ def release_name(bundle: Path) -> str:
 def zip_bundle(bundle: Path) -> bytes:
     """One bundle as a zip: the same files give the same bytes on every machine.
 
-    Members are stored, not deflated, since compressors differ between machines and weights hardly shrink.
+    Members are stored, not deflated, since compressors differ between machines and weights hardly shrink. JSON configs
+    and ``model.pt`` are made here (see :func:`custom.bundles.copies.copies`); ``model.pt`` is as the installed torch
+    writes it.
 
     Args:
         bundle: its folder; the zip holds one folder of that name.
@@ -90,46 +112,29 @@ def zip_bundle(bundle: Path) -> bytes:
         The zip.
 
     Raises:
-        ValueError: if the bundle has no weights, or a link leads out of it.
+        AliceError: if the bundle has no weights or two different ones, or a link leads out of it.
     """
     if not has_weights(bundle):
         raise AliceError(f"{bundle / 'models'}: no weights ({' or '.join(sorted(_WEIGHTS))}) to release.")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, file in sorted(_members(bundle)):
+        for name, content in sorted(_members(bundle).items()):
             info = zipfile.ZipInfo(f"{bundle.name}/{name}", _EPOCH)
             info.create_system, info.external_attr = 3, 0o100644 << 16  # a plain file, also from Windows
-            archive.writestr(info, file.read_bytes())
+            archive.writestr(info, content if isinstance(content, bytes) else content.read_bytes())
     return buffer.getvalue()
 
 
-def needs_own_code(bundle: Path) -> bool:
-    """Whether training or inference, as they come, name this package; overrides may without."""
-    files = [p for stem in ("train", "inference") for p in (bundle / "configs").glob(f"{stem}.*")]
-    return any(_OWN_CODE.search(text) for file in files for text in _strings(file))
-
-
-def _strings(config: Path) -> Iterator[str]:
-    """Every text in a config, comments apart."""
-    stack: list[object] = [ConfigParser.load_config_file(config)]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, str):
-            yield node
-        elif isinstance(node, dict):
-            stack.extend(node.values())
-        elif isinstance(node, list):
-            stack.extend(node)
-
-
-def _members(bundle: Path) -> Iterator[tuple[str, Path]]:
-    """Name inside the bundle's folder, and file, of everything that is released."""
-    for part in _PARTS:
-        for name, file in _files(bundle / part, bundle):
-            if part != "models" or name.split("/")[1] in _MODELS:
-                yield name, file
+def _members(bundle: Path) -> dict[str, Path | bytes]:
+    """Name inside the bundle's folder -> file or content, of everything that is released."""
+    members: dict[str, Path | bytes] = {}
+    for part in [path for pattern in _PARTS for path in bundle.glob(pattern)]:
+        for name, file in _files(part, bundle):
+            if part.name != "models" or name.split("/")[1] in _MODELS:
+                members[name] = file
     if needs_own_code(bundle):
-        yield from _files(REPO / "custom", REPO)
+        members |= _files(REPO / "custom", REPO)
+    return members | copies(bundle)
 
 
 def _files(folder: Path, root: Path) -> Iterator[tuple[str, Path]]:
@@ -185,22 +190,28 @@ def show(config: Path) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """``package FOLDER [URL]`` or ``show CONFIG``."""
-    if len(arguments) in (2, 3) and arguments[0] == "package":
-        try:
-            written = package(Path(arguments[1]))
-        except ValueError as error:
-            sys.exit(str(error))
-        for path in written:
-            print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB")
-        MODEL_INFO.parent.mkdir(exist_ok=True)
-        text = json.dumps(model_info(url=arguments[2] if len(arguments) == 3 else RELEASE_URL), indent=1)
-        MODEL_INFO.write_text(text + "\n", encoding="utf-8")
-        print(MODEL_INFO)
-    elif len(arguments) == 2 and arguments[0] == "show":
-        print(show(Path(arguments[1])))
-    else:
-        sys.exit(__doc__)
+    """``package FOLDER [URL]``, ``unpacked FOLDER`` or ``show CONFIG``."""
+    match arguments:
+        case ["package", folder, *url] if len(url) < 2:
+            for path in _or_exit(package, Path(folder)):
+                print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB")
+            MODEL_INFO.parent.mkdir(exist_ok=True)
+            text = json.dumps(model_info(url=url[0] if url else RELEASE_URL), indent=1)
+            MODEL_INFO.write_text(text + "\n", encoding="utf-8")
+            print(MODEL_INFO)
+        case ["unpacked", folder]:
+            print(*_or_exit(unpack, Path(folder)), sep="\n")
+        case ["show", config]:
+            print(show(Path(config)))
+        case _:
+            sys.exit(__doc__)
+
+
+def _or_exit(make: Callable[[Path], list[Path]], folder: Path) -> list[Path]:
+    try:
+        return make(folder)
+    except AliceError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

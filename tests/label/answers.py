@@ -94,6 +94,35 @@ def _placed_alike(a: Path, b: Path) -> bool:
     return all(np.allclose(x, y, atol=1e-3) for x, y in zip(place(a), place(b), strict=True))
 
 
+def check_beside(
+    facts: Facts,
+    server: LabelServer,
+    beside: str,
+    masks: dict[Path, Path],
+    labels: dict[str, int],
+    scratch: Path,
+) -> None:
+    """Another bundle of the same server answers in its own way, and changes nothing about this one's answers."""
+    told = server.get("/info/").json()["models"].get(beside, {}).get("labels")
+    if not facts(bool(told) and told != labels, f"{beside} is served, too, with its own labels", told):
+        return
+    image, mask = next(iter(masks.items()))
+    name = image.name.split(".nii")[0]
+    voxels = {}
+    for bundle in (beside, server.name):
+        answer = server.infer(name, output="image", bundle=bundle)
+        if not facts(
+            answer.status_code == 200, f"{name}: {bundle} answers beside the other", answer.text[:300]
+        ):
+            return
+        path = scratch / f"{name}_{bundle}.nii.gz"
+        path.write_bytes(answer.content)
+        voxels[bundle] = np.asarray(nib.load(path).dataobj)
+    first = np.asarray(nib.load(mask).dataobj)
+    facts(np.array_equal(voxels[server.name], first), f"{name}: {server.name} answers as before")
+    facts(not np.array_equal(voxels[beside], first), f"{name}: {beside} answers otherwise")
+
+
 def check_same_as_bundle_run(
     facts: Facts, server: LabelServer, masks: dict[Path, Path], scratch: Path
 ) -> None:

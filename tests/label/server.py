@@ -19,9 +19,12 @@ SECONDS_TO_START = 300
 
 
 class LabelServer:
-    """``with LabelServer(bundle, studies, scratch) as server``; ``server.bundle`` is the served copy."""
+    """``with LabelServer(bundle, studies, scratch) as server``; ``server.bundle`` is the served copy.
 
-    def __init__(self, bundle: Path, studies: Path, scratch: Path) -> None:
+    ``beside`` is another bundle that the same server serves.
+    """
+
+    def __init__(self, bundle: Path, studies: Path, scratch: Path, beside: Path | None = None) -> None:
         self.name = bundle.name
         self.studies = studies
         self.log = scratch / "server.log"
@@ -43,7 +46,7 @@ class LabelServer:
         self._start += [
             "--conf",
             "models",
-            self.name,
+            f"{beside.name},{self.name}" if beside else self.name,
             "--conf",
             "zoo_source",
             "local",
@@ -52,7 +55,8 @@ class LabelServer:
             "false",
         ]
         subprocess.run(self._get_app, env=self.environment, check=True, capture_output=True)
-        shutil.copytree(bundle, self.bundle)
+        for served in filter(None, (bundle, beside)):
+            shutil.copytree(served, self.app / "model" / served.name)
         self.session = requests.Session()
         self.session.trust_env = False  # a proxy has no business on 127.0.0.1
 
@@ -103,11 +107,14 @@ class LabelServer:
         """GET, an hour's patience."""
         return self.session.get(self.url + path, params=parameters, timeout=3600)
 
-    def infer(self, image: str, options: dict | None = None, output: str | None = None) -> requests.Response:
-        """A segmentation: of ``output='image'`` the file; by default mask and parameters in parts, as viewers ask."""
+    def infer(
+        self, image: str, options: dict | None = None, output: str | None = None, bundle: str | None = None
+    ) -> requests.Response:
+        """A segmentation: with ``output='image'`` the file; else mask and parameters in parts, as viewers ask."""
         query = {"image": image, **({"output": output} if output else {})}
         form = {"params": json.dumps(options)} if options else None
-        return self.session.post(f"{self.url}/infer/{self.name}", params=query, data=form, timeout=3600)
+        url = f"{self.url}/infer/{bundle or self.name}"
+        return self.session.post(url, params=query, data=form, timeout=3600)
 
     def put_label(self, image: str, path: Path) -> requests.Response:
         """An annotator's finished label."""

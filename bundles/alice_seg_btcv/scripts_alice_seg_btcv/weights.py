@@ -1,0 +1,191 @@
+"""Weights: reading them, and saying why they do not fit before a run starts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+
+def shipped(bundle_root: str) -> str:
+    """The bundle's weights: ``models/model.pt``, or ``models/model.safetensors`` where that is the only file.
+
+    A checkout holds the second, a release both, with the same tensors. MONAI Label reads the first alone, so it comes
+    first here, too.
+    """
+    path = f"{bundle_root}/models/model.pt"
+    other = f"{bundle_root}/models/model.safetensors"
+    return other if os.path.isfile(other) and not os.path.isfile(path) else path
+
+
+def read_state(path: str) -> dict[str, Tensor]:
+    """State dict of a ``.safetensors``, or of a file of ``torch.save``, where it may lie under ``model``."""
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file  # segmenting with model.pt does without this package
+
+        return load_file(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return state.get("model", state) if isinstance(state, dict) else state
+
+
+class LoadWeights:
+    """Handler that fills a network when the run starts: all of its tensors, or an error.
+
+    Args:
+        path: of the weights.
+        network: to fill.
+    """
+
+    def __init__(self, path: str, network: nn.Module) -> None:
+        self.path, self.network = path, network
+
+    def attach(self, engine: Any) -> None:
+        """Called by MONAI's engines."""
+        from ignite.engine import Events  # programs that read the preprocessing alone do without ignite
+
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Any) -> None:
+        self.network.load_state_dict(read_state(self.path), strict=True)
+        logger.info(f"Restored all tensors from {self.path}")
+
+
+def checkpoint_problems(network: nn.Module, checkpoints: str | Sequence[str]) -> list[str]:
+    """Say why weights cannot fill a network: no such file, damaged, or of another network.
+
+    Args:
+        network: to be filled.
+        checkpoints: path of its weights, or several paths.
+
+    Returns:
+        One sentence for each file that cannot be used.
+    """
+    paths = [checkpoints] if isinstance(checkpoints, str) else checkpoints
+    return [told for path in paths if (told := _checkpoint_problem(network, str(path)))]
+
+
+def _checkpoint_problem(network: nn.Module, path: str) -> str:
+    if not os.path.isfile(path):
+        return f"checkpoint: {path}: no such file."
+    if not is_whole(path):
+        kind = "" if path.endswith(".safetensors") else ", or no file of torch.save"
+        return f"checkpoint: {path} is damaged or cut short{kind}. Download or train it again."
+    misfit = misfit_of(network, read_state(path))
+    return f"checkpoint: {path} does not fit the network: {misfit}." if misfit else ""
+
+
+def encoder_problems(encoder: nn.Module, pretrained: str | None, roi_size: Sequence[int]) -> list[str]:
+    """Say why a pre-trained encoder cannot be used: no such file, damaged, or another encoder.
+
+    Args:
+        encoder: part of the network that ``pretrained`` fills.
+        pretrained: path of what ``alice export`` wrote; None for none.
+        roi_size: voxels of a crop along x, y, z.
+
+    Returns:
+        At most one sentence.
+    """
+    if not pretrained:
+        return []
+    path = str(pretrained)
+    if not os.path.isfile(path):
+        return [f"pretrained: {path}: no such file; make it with alice export."]
+    if not is_whole(path):
+        return [
+            f"pretrained: {path} is damaged or cut short, or neither of alice export nor of torch.save; export or "
+            "download it again."
+        ]
+    misfit = misfit_of(encoder, read_state(path)) or _other_heads(encoder, path)
+    if not misfit:
+        return []
+    way = ""
+    if "position_embeddings is [" in misfit:
+        size = str(list(roi_size)).replace(" ", "")
+        way = f" For a crop of another size: alice export RUN --to FILE --img_size {size}."
+    return [f"pretrained: {path} does not fit the encoder: {misfit}.{way}"]
+
+
+def with_encoder(network: nn.Module, encoder: nn.Module, pretrained: str | None) -> nn.Module:
+    """The network, its encoder filled from ``pretrained`` (every tensor), if that is given.
+
+    Raises:
+        RuntimeError: if a tensor is missing, extra or of another shape.
+    """
+    if pretrained:
+        encoder.load_state_dict(read_state(str(pretrained)), strict=True)
+    return network
+
+
+def told_start(encoder: nn.Module, pretrained: str | None) -> str:
+    """Where training starts, in words."""
+    if not pretrained:
+        return "encoder: from scratch (pretrained is not set)"
+    return f"encoder: {len(encoder.state_dict())} tensors from {pretrained}"
+
+
+def misfit_of(network: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """The first three names by which a network and a state dict differ, and how many more there are.
+
+    A network without any tensor, such as one of another runtime, takes what it is given.
+    """
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        return "it holds no state dict"
+    want, have = (
+        {name: list(tensor.shape) for name, tensor in s.items()} for s in (network.state_dict(), state)
+    )
+    if not want:
+        return ""
+    if have and all(name.startswith("module.") for name in have):
+        return "every name starts with module., as DataParallel saves them; save network.module.state_dict()"
+    faults = [
+        f"{name} is {have.get(name, 'missing')}, not {want.get(name, 'known')}"
+        for name in {**want, **have}
+        if want.get(name) != have.get(name)
+    ]
+    return ", ".join(faults[:3]) + (f" and {len(faults) - 3} more" if len(faults) > 3 else "")
+
+
+def is_whole(path: str) -> bool:
+    """Whether a file of weights reaches its end."""
+    if not path.endswith(".safetensors"):
+        return zipfile.is_zipfile(path)
+    start, header = _safetensors_header(path)
+    ends = [start + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return max(ends, default=-1) == os.path.getsize(path)
+
+
+def _safetensors_header(path: str) -> tuple[int, dict[str, Any]]:
+    """Where the tensors start, in bytes, and the header; an empty one if it is cut short or damaged."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length >= os.path.getsize(path) - 8:
+            return 8 + length, {}
+        try:
+            return 8 + length, json.loads(file.read(length))
+        except ValueError:
+            return 8 + length, {}
+
+
+def _other_heads(encoder: nn.Module, path: str) -> str:
+    """The number of heads shows in no tensor's shape, but in what ``alice export`` wrote.
+
+    It wrote that into a ``.safetensors``, and into a ``.json`` beside a ``.pt``.
+    """
+    told = "{}"
+    if path.endswith(".safetensors"):
+        told = _safetensors_header(path)[1].get("__metadata__", {}).get("alice", told)
+    elif os.path.isfile(beside := path[:-3] + ".json"):
+        with open(beside, encoding="utf-8") as file:
+            told = file.read()
+    heads = json.loads(told).get("network", {}).get("num_heads")
+    counts = (getattr(module, "num_heads", None) for module in encoder.modules())
+    own = next((count for count in counts if isinstance(count, int)), None)
+    return f"num_heads is {heads!r}, not {own!r}" if isinstance(heads, int) and heads != own else ""
