@@ -175,7 +175,9 @@ class Bench:
 
     def aligner(self, name: str) -> Any:
         if name not in self.aligners:
-            options = {"embeddings": self.embeddings, "threshold": self.threshold} if name == "sam" else {}
+            options: dict[str, Any] = (
+                {"embeddings": self.embeddings, "threshold": self.threshold} if name == "sam" else {}
+            )
             made = LabelAligner(self.store) if name == "labels" else make_aligner(name, self.store, **options)
             self.aligners[name] = made
         return self.aligners[name]

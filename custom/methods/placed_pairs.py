@@ -124,12 +124,13 @@ class PlacedPair(AlignedPair):
     ) -> Placement:
         reach = np.floor(self.max_offset * self.crop_size / 2).astype(int)
         offsets = (offset, rng.integers(-reach, reach + 1))
-        starts = []
+        starts: list[np.ndarray] = []
         for name, point, own in zip((query, key), (point_q, point_k), offsets, strict=True):
             room = np.array(self.store.shape(name)) - self.crop_size
             start = np.rint(to_voxels(self.store.affine(name), point)).astype(int) + own - self.crop_size // 2
             starts.append(np.clip(start, np.minimum(0, room), np.maximum(0, room)))
-        return Placement(query, key, point_q, point_k, *starts, float(score), redraws, 0, fallback)
+        start_q, start_k = starts
+        return Placement(query, key, point_q, point_k, start_q, start_k, float(score), redraws, 0, fallback)
 
     def _fault(self, place: Placement) -> int:
         """Tokens that are missing to ``min_overlap``."""

@@ -133,7 +133,7 @@ class SamAligner:
         """
         if not self.consensus:
             return None
-        return self.map_near(scan_q, tuple(float(x) for x in point_mm), scan_k)
+        return self.map_near(scan_q, tuple(float(x) for x in point_mm), scan_k).__call__
 
     def _correct(self, scan_q: str, point_mm: tuple[float, ...], scan_k: str) -> PairMap:
         pair = self.few_map(scan_q, scan_k)

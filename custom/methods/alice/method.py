@@ -60,7 +60,8 @@ class Alice(Method):
     ) -> None:
         self.student: StudentBranch | OfficialStudent = student
         self.teacher = student.make_teacher()
-        self.loss, self.view = loss, view
+        self.loss: AliceLoss = loss
+        self.view = view
         self.meters = loss.places.METERS if loss.places is not None else ()
         if (loss.places is not None) != bool(getattr(student, "places", False)):
             raise AliceError("method::loss::places and student_def::inter_volume: places go together.")
