@@ -858,6 +858,23 @@ def test_flips_and_ensembles_average_probabilities(weights):
     assert (answers["flips"] - plain).abs().max() > 1e-4
 
 
+def test_an_ensemble_is_the_mean_of_different_networks(weights, tmp_path):
+    other = tmp_path / "other.pt"
+    state = torch.load(weights, weights_only=True)
+    torch.save(state | {"out.conv.conv.bias": state["out.conv.conv.bias"] + torch.arange(14.0)}, other)
+    parser = parser_of("inference", "ensemble", **TINY, checkpoints=[str(weights), str(other)])
+    volume, networks = (
+        torch.rand(1, 1, *TINY["roi_size"]),
+        [tiny_network("inference").eval() for _ in range(2)],
+    )
+    for network, path in zip(networks, (weights, other), strict=True):
+        network.load_state_dict(torch.load(path, weights_only=True))
+    with torch.no_grad():
+        expected = sum(network(volume).softmax(1) for network in networks) / 2
+        found = parser.get_parsed_content("evaluator::inferer")(volume, None).exp()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.slow
 def test_evaluation_measures_the_held_back_cases_on_their_own_grid(cohort, trained, segmented, tmp_path):
     weights = str(trained / "model_finetuned.pt")
