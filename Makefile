@@ -21,8 +21,8 @@ quickstart: setup
 	@echo "== 1/5 a cohort of synthetic torsos"
 	$(BIN)/alice phantom $(RUN)/phantoms --n 12 --size small --canonical False
 	@echo "== 2/5 pre-training through monai.bundle run (the store is built first)"
-	$(BIN)/python -W ignore -m monai.bundle run --config_file "['$(TRAIN)','$(SMOKE)']" \
-	  --dataset_dir $(RUN)/phantoms --output_dir $(RUN)/run --store_dir $(RUN)/store --iterations 120 --logging_file False
+	$(BIN)/python -W ignore -m monai.bundle run --config_file "['$(TRAIN)','$(SMOKE)','$(dir $(TRAIN))quickstart.yaml']" \
+	  --dataset_dir $(RUN)/phantoms --output_dir $(RUN)/run --store_dir $(RUN)/store --logging_file False
 	@echo "== 3/5 the encoder, as one file"
 	$(BIN)/alice export $(RUN)/run --to $(RUN)/encoder.safetensors
 	@echo "== 4/5 into stock MONAI UNETR"

@@ -87,7 +87,8 @@ def picture(run: str, to: str = "picture.png") -> None:
     units = loaded.student.encoder.units(tuple(summary["crop_size"]))
     hidden = Masking(**summary["masking"])(torch.tensor([0]), units)
     crops = pair["crop_q"][None], pair["crop_k"][None]
-    figure = run_picture(loaded.student, read_log(loaded.folder), summary["terms"], *crops, hidden)
+    raw = summary.get("loss", {}).get("reconstruction") == "raw"
+    figure = run_picture(loaded.student, read_log(loaded.folder), summary["terms"], *crops, hidden, raw)
     figure.suptitle(
         f"{summary['network_type']} after {loaded.iteration} of {summary['iterations']} iterations, {summary['scans']} scans"
     )

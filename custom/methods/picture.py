@@ -13,10 +13,11 @@ from torch import Tensor
 
 from custom.encoders.masking import hidden_voxels
 from custom.encoders.patches import patchify, unpatchify
+from custom.methods.terms import RAW_MEAN, RAW_SPREAD
 
 
 @torch.no_grad()
-def reconstruction(student: Any, crop: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def reconstruction(student: Any, crop: Tensor, hidden: Tensor, raw: bool = False) -> tuple[Tensor, Tensor]:
     """What the student sees of a crop, and how it fills in the rest.
 
     Args:
@@ -24,14 +25,16 @@ def reconstruction(student: Any, crop: Tensor, hidden: Tensor) -> tuple[Tensor, 
         hidden: bool over mask units (1, ux, uy, uz).
 
     Returns:
-        The masked crop and the crop with hidden patches predicted, both (X, Y, Z). Predictions are of
-        normalised patches (MAE), so each is shown with its patch's true mean and spread.
+        The masked crop and the crop with hidden patches predicted, both (X, Y, Z). Where normalised patches are predicted
+        (MAE) each is shown with its patch's true mean and spread; ``raw`` predictions need no such help.
     """
     encoder = student.encoder
     encoded = encoder(crop, hidden)
     decoded = student.decoder(encoded.tokens, encoded.grid, encoder.token_mask(hidden))
     patches = patchify(crop, encoder.patch)
     spread, mean = patches.std(dim=-1, keepdim=True), patches.mean(dim=-1, keepdim=True)
+    if raw:
+        spread, mean = torch.tensor(RAW_SPREAD), torch.tensor(RAW_MEAN)
     predicted = unpatchify(student.decoder.pixels(decoded) * spread + mean, encoded.grid, encoder.patch)
     unseen = hidden_voxels(hidden, encoder.unit)
     return torch.where(unseen, 0.0, crop)[0, 0], torch.where(unseen, predicted.clamp(0, 1), crop)[0, 0]
@@ -56,6 +59,7 @@ def run_picture(
     crop_q: Tensor,
     crop_k: Tensor,
     hidden: Tensor,
+    raw: bool = False,
 ) -> Figure:
     """All of it on one figure. A student without a decoder of pixels shows no reconstruction.
 
@@ -65,6 +69,7 @@ def run_picture(
         terms: names of the loss terms.
         crop_q, crop_k: (1, 1, X, Y, Z) of two held-back patients at the same anatomy.
         hidden: bool over mask units (1, ux, uy, uz).
+        raw: the decoder predicts raw patches, not normalised ones.
     """
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     axes = figure.subplots(2, 4)
@@ -73,10 +78,11 @@ def run_picture(
     middle = crop_q.shape[4] // 2
     _slice(axes[0, 1], crop_q[0, 0][..., middle], "held-back crop Q")
     if hasattr(student, "decoder") and hasattr(student.decoder, "pixels"):
-        masked, filled = reconstruction(student, crop_q, hidden)
+        masked, filled = reconstruction(student, crop_q, hidden, raw)
         share = float(hidden.float().mean())
         _slice(axes[0, 2], masked[..., middle], f"what the encoder sees ({share:.0%} hidden)")
-        _slice(axes[0, 3], filled[..., middle], "hidden patches filled in")
+        help_given = "" if raw else " (their true mean and spread are given)"
+        _slice(axes[0, 3], filled[..., middle], f"hidden patches filled in{help_given}")
     else:
         axes[0, 2].set_axis_off()
         axes[0, 3].set_axis_off()
