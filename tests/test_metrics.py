@@ -9,6 +9,7 @@ from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from monai.metrics.utils import create_table_neighbour_code_to_surface_area
 
 from custom import files
+from custom.errors import AliceError
 from custom.evaluation.scores import surfaces
 from custom.evaluation.scores.csv_rows import read_rows, write_rows
 from custom.evaluation.scores.metrics import case_rows, dice, flare_scores, hd95, nsd
@@ -332,7 +333,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(files.os, "replace", disk_full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(AliceError, match="No space left on device"):
         write_rows(path, [{"case": "new", "dsc": 0.0}])
     assert read_rows(path)[0]["case"] == "old"
     assert list(tmp_path.iterdir()) == [path]
