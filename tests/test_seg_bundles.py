@@ -251,7 +251,7 @@ def test_the_stored_folds_are_the_seeded_deal_of_the_published_cases(name, cases
 
 def problems_of(parser):
     """What stops a training before it starts."""
-    return parser.get_parsed_content("data_problems") + parser.get_parsed_content("encoder_problems")
+    return parser.get_parsed_content("problems")
 
 
 def names_of(records):
@@ -819,7 +819,7 @@ def test_scans_cut_short_are_named_before_anything_is_written(cohort, tmp_path):
     for fold in range(5):  # an evaluation asks about what it reads
         parser = parser_of("train", "inference", "evaluate", **settings, fold=fold)
         held_back = names_of(parser.get_parsed_content("cases").held_back)
-        problems = " ".join(parser.get_parsed_content("data_problems"))
+        problems = " ".join(problems_of(parser))
         assert ("case_02_0000.nii.gz" in problems) == ("case_02_0000.nii.gz" in held_back)
 
 
