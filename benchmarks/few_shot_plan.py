@@ -77,11 +77,19 @@ def read_plan(folder: str | Path) -> Plan:
     except TypeError as error:
         raise ValueError(f"{path}: {error}.") from error
     for name in ("task.yaml", "finetune.yaml", *(n for files in plan.arms.values() for n in files)):
-        if not (folder / name).is_file():
-            raise ValueError(f"{path}: names {name}, which is not beside it.")
+        if not config_of(folder, name).is_file():
+            raise ValueError(
+                f"{path}: names {name}, which is neither beside it nor a config of alice_pretrain."
+            )
     if strange := sorted({arm for pair in plan.compare for arm in pair} - set(plan.arms)):
         raise ValueError(f"{path}: compares {strange}; its arms are {sorted(plan.arms)}.")
     return plan
+
+
+def config_of(folder: Path, name: str) -> Path:
+    """An override beside the plan, else one that the pre-training bundle has."""
+    beside = folder / name
+    return beside if beside.is_file() else bundle_config("alice_pretrain", name)
 
 
 def bundle_config(bundle: str, name: str) -> Path:
@@ -121,7 +129,7 @@ def pretrain_words(plan: Plan, run: Run, work: Path) -> list[str]:
     """The command line of a pre-training."""
     files = [
         bundle_config("alice_pretrain", "train.yaml"),
-        *(plan.folder.resolve() / name for name in plan.arms[run.arm]),
+        *(config_of(plan.folder.resolve(), name) for name in plan.arms[run.arm]),
     ]
     return _bundle_run(
         "alice_pretrain",

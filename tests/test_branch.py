@@ -190,7 +190,7 @@ def test_unknown_switches_name_the_known_ones():
         branch(alignment="cassa")
     with pytest.raises(ValueError, match="casa_teacher must be one of shared, ema"):
         branch(casa_teacher="own")
-    with pytest.raises(ValueError, match="Linear is no encoder"):
+    with pytest.raises(ValueError, match="Linear is not an encoder"):
         token_encoder(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"side y = 40 .* take 32 or 48"):
         branch().encoder.units((32, 40, 16))

@@ -245,6 +245,8 @@ def test_every_override_names_a_key_of_train_yaml():
         "official.yaml",
         "paper.yaml",
         "mae.yaml",
+        "quickstart.yaml",
+        "pooled.yaml",
     ):
         check_keys(complete, ConfigParser.load_config_file(CONFIGS / name), name)
 

@@ -42,7 +42,7 @@ def test_every_override_names_a_key_of_the_config_it_changes(folder):
     changed += [(name, "alice_pretrain", "train.yaml") for files in plan.arms.values() for name in files]
     for name, bundle, config in changed:
         complete = ConfigParser.load_config_file(few_shot_plan.bundle_config(bundle, config))
-        check_keys(complete, ConfigParser.load_config_file(folder / name), name)
+        check_keys(complete, ConfigParser.load_config_file(few_shot_plan.config_of(folder, name)), name)
 
 
 @pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda folder: folder.name)
@@ -51,7 +51,9 @@ def test_crops_of_pre_training_are_those_of_fine_tuning_and_left_stays_left(fold
     pretrain = ConfigParser.load_config_file(folder / "pretrain.yaml")
     assert (pretrain["crop_size"], pretrain["spacing"]) == (task["roi_size"], task["spacing"])
     for name in ("pretrain.yaml", "finetune.yaml"):
-        assert not {"view_flip", "flip_probability"} & set(ConfigParser.load_config_file(folder / name))
+        assert not {"method::view::flip", "flip_probability"} & set(
+            ConfigParser.load_config_file(folder / name)
+        )
 
 
 def test_openkbp_has_the_runs_that_were_promised():

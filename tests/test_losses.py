@@ -215,7 +215,7 @@ def test_weights_and_the_similarity_ramp_scale_the_total_only():
     "kwargs, message",
     [
         ({"similarity": "cosin"}, "cosine, dino, infonce"),
-        ({"reconstruction": "all"}, "masked, whole"),
+        ({"reconstruction": "all"}, "masked, raw, whole"),
         ({"weight_st": -1.0}, "weight_st must be 0 or more"),
     ],
 )

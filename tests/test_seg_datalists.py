@@ -6,9 +6,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from monai.bundle import ConfigParser
 from monai.data import load_decathlon_datalist
-from test_seg_bundles import configs, names_of, parser_of, write_case
+from test_seg_bundles import names_of, parser_of, write_case
 
 from custom.evaluation.splits.datalists import case_name, make_datalist, write_datalist
 
@@ -31,9 +30,12 @@ def test_a_datalist_and_its_folder_give_the_same_folds_and_subsets(tmp_path):
         for key in ("held_back", "training"):
             one, two = (
                 names_of(
-                    parser_of(
-                        "train", dataset_dir=str(tmp_path / d), fold=fold, labelled=2
-                    ).get_parsed_content(key)
+                    getattr(
+                        parser_of(
+                            "train", dataset_dir=str(tmp_path / d), fold=fold, labelled=2
+                        ).get_parsed_content("cases"),
+                        key,
+                    )
                 )
                 for d in ("data", "lists/d.json")
             )
@@ -81,9 +83,7 @@ def test_faults_are_named(tmp_path, fault, message):
 
 
 def test_case_names_are_those_of_train_yaml():
-    parser = ConfigParser()
-    parser.read_config(configs("train"))
-    case_of = parser.get_parsed_content("case_of")
+    case_of = parser_of("train").get_parsed_content("scripts").cases.case_of
     for name, case in {
         "FLARE22_Tr_0001_0000.nii.gz": "FLARE22_Tr_0001", "img0001.nii.gz": "0001", "label0001.nii": "0001",
         "DET0000101_avg_seg.nii.gz": "DET0000101", "liver_0.nii.gz": "liver_0",
