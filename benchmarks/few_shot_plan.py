@@ -59,7 +59,7 @@ class Plan:
         return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
 
     def _read(self, name: str) -> dict[str, Any]:
-        return dict(ConfigParser.load_config_file(self.folder / name))
+        return dict(ConfigParser.load_config_file(config_of(self.folder, name)))
 
 
 def read_plan(folder: str | Path) -> Plan:

@@ -85,7 +85,7 @@ def test_mae_differs_from_alice_in_the_similarities_alone():
     plan = few_shot_plan.read_plan(REPO / "docs" / "experiments" / "openkbp")
     assert plan.arms["MAE"] == [*plan.arms["Alice"], "mae.yaml"]
     changed = ConfigParser.load_config_file(plan.folder / "mae.yaml")
-    assert changed == {"weight_dv": 0.0, "weight_st": 0.0}
+    assert changed == {"method::loss::weight_dv": 0.0, "method::loss::weight_st": 0.0}
 
 
 @pytest.mark.parametrize(("labelled", "name"), [(3, "3"), (10, "10"), (1.0, "all"), (0.1, "10pc"), (1, "1")])
