@@ -78,7 +78,7 @@ class Memory(nn.Module):
 
 
 class SAMLoss(nn.Module):
-    """InfoNCE over all matched cells of a batch of view pairs: fine, coarse (spec 2.3), and both together (ours).
+    """InfoNCE over all matched cells of a batch of view pairs: fine, coarse (SAM), and both together (ours).
 
     Negatives of a fine cell are candidates of both views, at least ``exclusion_mm`` away, and the hardest of them by
     fine plus coarse similarity. Negatives of a coarse cell lie in both views and in every other pair of the batch.
