@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import REPO
 
 from custom.bundles.preflight import ConfigKeyError, check_keys, command_line, preflight
 from custom.data.errors import ScanError
@@ -106,3 +107,16 @@ def test_an_override_of_what_an_earlier_file_replaced_is_named(tmp_path):
     ordered[1:] = ordered[:0:-1]
     with pytest.raises(ConfigKeyError, match=r"smoke\.yaml: 'net::hidden_size' is no setting"):
         preflight(["x", "run", "--config_file", str(ordered)])
+
+
+def test_a_bug_keeps_its_traceback_and_an_error_for_users_is_one_line():
+    program = "from custom.bundles.preflight import speak_plainly; speak_plainly(); {}"
+    bug = "from custom.encoders.patches import unpatchify; import torch; unpatchify(torch.zeros(1, 8, 8), (2, 2), (2, 2, 2))"
+    meant = "from custom.methods.views import Masking; Masking(2.0)"
+    ends = [
+        subprocess.run([sys.executable, "-c", program.format(code)], capture_output=True, text=True, cwd=REPO)
+        for code in (bug, meant)
+    ]
+    assert all(end.returncode == 1 for end in ends)
+    assert "Traceback" in ends[0].stderr and "not enough values to unpack" in ends[0].stderr
+    assert ends[1].stderr.strip() == "alice: hidden_ratio must be in [0, 1), got 2.0."
