@@ -297,3 +297,17 @@ def test_halves_of_the_method_that_do_not_fit_are_refused(store):
         StudentBranch(encoder(), inter_volume="place")
     with pytest.raises(ValueError, match="leave teacher_has_decoder false"):
         StudentBranch(encoder(), inter_volume="places", teacher_has_decoder=True)
+
+
+def test_the_mean_is_over_crops_so_that_processes_agree_with_one():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 4, 8), torch.randn(3, 4, 8)
+    places = token_centres((4, 1, 1), (10.0,) * 3).expand(3, -1, -1)
+    counted = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    loss = PlaceLoss((10.0,) * 3)
+    whole = loss(student, teacher, places, places, counted)["l_place"]
+    alone = [
+        loss(*(x[i : i + 1] for x in (student, teacher, places, places, counted)))["l_place"]
+        for i in range(3)
+    ]
+    torch.testing.assert_close(whole, torch.stack(alone).mean())

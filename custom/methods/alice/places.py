@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom.errors import AliceError
+from custom.methods.terms import masked_mean
 
 NEAR = (
     0.75  # of a token's side: how far a place may lie from the nearest token's centre, along each axis (ours)
@@ -84,7 +85,7 @@ class PlaceLoss(nn.Module):
             counted: bool (B, V), False for tokens of air.
 
         Returns:
-            ``l_place``, and ``METERS``: the share of tokens whose best match is the one nearest to their place, the chance
+            ``l_place``, the mean over crops of each crop's mean over tokens that count; and ``METERS``: the share of tokens whose best match is the one nearest to their place, the chance
             of that, how far the best match lies off, the share of visible tokens that count, and the share of the
             teacher's variance that a token's index explains (1: only the place in the crop is told).
         """
@@ -99,7 +100,9 @@ class PlaceLoss(nn.Module):
         cosines = F.normalize(student.float(), dim=-1) @ F.normalize(teacher.float(), dim=-1).transpose(1, 2)
         log_match = torch.log_softmax(cosines / self.temperature, dim=-1)
         divergence = (log_answer.exp() * (log_answer - log_match)).sum(dim=-1)  # (B, V)
-        l_place = (divergence * valid).sum() / valid.sum().clamp(min=1)
+        l_place = masked_mean(
+            divergence, valid
+        )  # by crop, so that processes with unequal counts agree with one
         with torch.no_grad():
             best = cosines.argmax(dim=-1, keepdim=True)
             off_mm = squared.gather(2, best)[..., 0].sqrt()
