@@ -549,6 +549,7 @@ def test_classes_are_never_unpickled_and_the_way_out_is_told(tmp_path, sam, zipp
     assert "weights_only=False" in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_command_in_the_refusal_makes_a_file_that_loads(tmp_path, sam, monkeypatch):
     import subprocess
     import sys
