@@ -289,6 +289,7 @@ def plain_nnformer(state: dict[str, Tensor], x: Tensor) -> tuple[list[Tensor], l
     return tuple([volume(t) for t in group] for group in (maps, decoded, logits))
 
 
+@pytest.mark.slow
 def test_the_loaded_nnformer_computes_what_is_published(tmp_path):
     state = random_state(alice_shapes())
     torch.save(under("module.backbone.", state), tmp_path / "student.pth")

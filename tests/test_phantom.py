@@ -260,6 +260,7 @@ def test_a_folder_is_not_shared_by_two_cohorts(cohort):
         write_cohort(cohort[0], n=4, seed=8, size="small")
 
 
+@pytest.mark.slow
 def test_phase_and_voxel_size_vary():
     phantoms = [small(seed) for seed in range(6)]
     assert len({round(float(p.affine[0, 0]), 2) for p in phantoms}) > 3
