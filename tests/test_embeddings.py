@@ -91,6 +91,7 @@ def test_matches_in_files_stay_within_half_a_cell_of_matches_in_float32(tmp_path
     assert (np.linalg.norm(whole - stored, axis=1) <= 2.0).mean() >= 0.99
 
 
+@pytest.mark.slow
 def test_a_box_of_30_cm_three_quarters_body_takes_30_megabytes(tmp_path):
     grid, coarse = (75, 75, 75), (38, 10, 10)
     rng = np.random.default_rng(0)

@@ -90,6 +90,7 @@ def test_a_checkpoint_has_the_size_that_was_told(scans, store, tmp_path):
     assert made["disk: checkpoints"].value * 1e9 / 3 == pytest.approx(size, rel=0.1)
 
 
+@pytest.mark.slow
 def test_more_processes_share_the_work():
     one, four = (estimate(files(), SMALL | {"workers": 0}, processes=n) for n in (1, 4))
     assert four["samples a second"].value > 1.5 * one["samples a second"].value

@@ -402,7 +402,8 @@ def test_a_gpu_agrees_and_never_makes_the_host_wait():
 # -- cost, metered on the meta device: deterministic ----------------------------------------------------
 
 
-@pytest.mark.parametrize("sides", [(96, 96, 96), pytest.param((192, 192, 64), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sides", [(96, 96, 96), (192, 192, 64)])
 def test_hiding_three_quarters_takes_a_fifth_of_the_flops_and_memory(sides):
     net, x = MaskedSwin(**FULL).to("meta"), torch.empty(1, 1, *sides, device="meta")
     hidden = hide_tokens(1, [side // 32 for side in sides], 0.75, torch.Generator().manual_seed(0))

@@ -289,6 +289,7 @@ def plain_nnformer(state: dict[str, Tensor], x: Tensor) -> tuple[list[Tensor], l
     return tuple([volume(t) for t in group] for group in (maps, decoded, logits))
 
 
+@pytest.mark.slow
 def test_the_loaded_nnformer_computes_what_is_published(tmp_path):
     state = random_state(alice_shapes())
     torch.save(under("module.backbone.", state), tmp_path / "student.pth")
@@ -549,6 +550,7 @@ def test_classes_are_never_unpickled_and_the_way_out_is_told(tmp_path, sam, zipp
     assert "weights_only=False" in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_command_in_the_refusal_makes_a_file_that_loads(tmp_path, sam, monkeypatch):
     import subprocess
     import sys

@@ -243,6 +243,7 @@ def test_q_and_k_hide_different_places_and_as_many():
     assert hidden_q.sum(dim=1).tolist() == hidden_k.sum(dim=1).tolist() == [18] * 3
 
 
+@pytest.mark.slow
 def test_a_program_ends_though_workers_are_left_that_do_not_hear_its_signal(store):
     code = (
         "import sys, torch\n"

@@ -87,6 +87,7 @@ def test_shape_and_spacing_can_be_given():
     np.testing.assert_allclose(np.diag(phantom.affine)[:3], (6.0, 7.0, 8.0))
 
 
+@pytest.mark.slow
 def test_a_standard_phantom_has_about_the_promised_size():
     phantom = make_phantom(4, coverage="upper_abdomen")
     assert phantom.image.shape[0] == phantom.image.shape[1]
@@ -187,6 +188,7 @@ def test_relative_position_alone_misses_by_a_centimetre_or_more():
     assert np.linalg.norm(guess @ fit - target, axis=1).mean() > 6
 
 
+@pytest.mark.slow
 def test_organs_overlap_in_hu_without_contrast():
     liver, spleen, kidney = [], [], []
     for seed in SEEDS:
@@ -258,6 +260,7 @@ def test_a_folder_is_not_shared_by_two_cohorts(cohort):
         write_cohort(cohort[0], n=4, seed=8, size="small")
 
 
+@pytest.mark.slow
 def test_phase_and_voxel_size_vary():
     phantoms = [small(seed) for seed in range(6)]
     assert len({round(float(p.affine[0, 0]), 2) for p in phantoms}) > 3

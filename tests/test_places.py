@@ -259,6 +259,7 @@ def test_gradients_reach_every_student_weight_and_no_teacher_weight(store, tmp_p
         assert all(p.grad is None for p in engine.teacher.parameters())
 
 
+@pytest.mark.slow
 def test_it_learns_where_a_pair_is_cut(store, tmp_path):
     """Matches get nearer on pairs that were trained on: a planted correspondence is found."""
     pairs = placed(store, seed=4)

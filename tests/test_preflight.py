@@ -4,7 +4,7 @@ import sys
 import pytest
 from conftest import REPO
 
-from custom.bundles.preflight import ConfigKeyError, check_keys, command_line, preflight
+from custom.bundles.preflight import ConfigKeyError, check_keys, command_line, preflight, speak_plainly
 from custom.data.errors import ScanError
 from custom.data.scans import list_scans
 from custom.data.store.volume_store import StoreError
@@ -85,6 +85,16 @@ def test_an_error_that_a_loaders_worker_passed_on_is_said_in_one_line():
     assert plain_message(passed_on) == "a.b2nd: damaged. Build it again."
 
 
+def test_an_uncaught_error_of_ours_is_said_in_one_line_and_a_bug_as_python_says_it(monkeypatch, capsys):
+    bugs = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: bugs.append(error[0]))
+    speak_plainly()
+    for error in (ScanError("no.nii: empty. Remove it."), KeyError("x")):
+        sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == "alice: no.nii: empty. Remove it.\n" and bugs == [KeyError]
+
+
+@pytest.mark.slow
 def test_an_uncaught_error_of_ours_ends_a_program_with_one_line():
     code = "from custom.bundles.preflight import speak_plainly; speak_plainly(); from custom.data.scans import list_scans; list_scans('/nowhere')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -369,6 +369,7 @@ def test_a_gradient_reaches_every_weight(two_mm, tmp_path):
         assert weight.grad is not None and weight.grad.abs().sum() > 0, name
 
 
+@pytest.mark.slow
 def test_training_on_one_pair_brings_its_cells_together(two_mm):
     torch.manual_seed(0)
     network, loss = SAM(8, 16), SAMLoss(ranked=300, negatives=50, memory=0, embedding_dim=16)

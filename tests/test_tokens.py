@@ -82,6 +82,7 @@ def test_sides_that_are_no_multiple_of_the_unit_are_refused():
         token_encoder(swin()).units((80, 96, 32))
 
 
+@pytest.mark.slow
 def test_the_official_pair_of_branches_learns_everywhere_and_its_teacher_follows():
     from custom.engine.ema import EMA
     from custom.methods.alice.official import OfficialStudent

@@ -141,6 +141,7 @@ def test_a_finished_run_does_nothing_and_a_cut_log_line_is_dropped(store, tmp_pa
     assert [line["step"] for line in read_log(tmp_path)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_every_loss_is_lower_after_training_on_one_batch(store, tmp_path):
     trainer = make_trainer(store, tmp_path, steps=40, schedule=Schedule(40, 2e-3, warmup=4, momentum=0.9))
     batch = next(iter(trainer.data_loader))
