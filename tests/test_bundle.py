@@ -119,8 +119,9 @@ def test_a_run_leaves_checkpoints_log_and_an_encoder_for_stock_unetr(trained, tm
 
 def test_chores_on_a_run_are_commands(trained, tmp_path, capsys):
     alice(["probe", str(trained)])
-    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert set(rows) == {"untrained", "step 6"} and 0 <= rows["step 6"]["retrieval"] <= 1
+    lines = {line[:18].strip(): line[18:].split() for line in capsys.readouterr().out.splitlines()}
+    assert {"raw intensities", "untrained", "step 6", "chance", "aligner coordinate"} <= set(lines)
+    assert 0 <= float(lines["step 6"][0]) <= 1 and float(lines["aligner coordinate"][0]) > 0
     alice(["picture", str(trained), str(tmp_path / "p.png")])
     assert (tmp_path / "p.png").stat().st_size > 10_000
     with pytest.raises(SystemExit) as refused:

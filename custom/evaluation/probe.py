@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
+import types
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from custom.errors import AliceError
+from custom.evaluation.place_error import anatomical_points, label_centroids, place_error
+from custom.evaluation.statistics.significance import bootstrap_interval
 from custom.space import to_voxels, to_world
 
 logger = logging.getLogger(__name__)
@@ -42,6 +47,7 @@ class Retrieval(NamedTuple):
     chance: float
     regions: int
     by: str  # how the regions were placed: "labels" or "body"
+    by_patient: dict[str, float]  # accuracy for the regions of each patient
 
 
 class LinearProbe(NamedTuple):
@@ -49,6 +55,23 @@ class LinearProbe(NamedTuple):
 
     correlation: float  # mean over organs of Pearson's r between true and predicted share per token
     by_organ: dict[int, float]
+    resampled: tuple[float, ...] = ()  # the correlation again, with the test patients drawn anew
+
+
+class TokenTable(NamedTuple):
+    """Frozen tokens and what they show."""
+
+    features: np.ndarray  # (n, C)
+    shares: np.ndarray  # (n, 256), of each label in the token's patch
+    owners: np.ndarray  # (n,), whose token it is
+
+
+class Figure(NamedTuple):
+    """A number with its interval over patients; nan where there are too few of them."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
 
 
 def region_points(
@@ -81,14 +104,7 @@ def region_points(
 def _label_anchors(store: Volumes, names: Sequence[str]) -> dict[str, np.ndarray]:
     if not all(store.has_label(name) for name in names):
         return {}
-    centroids = {}
-    for name in names:
-        label = store.read_label_crop(name, (0, 0, 0), store.shape(name))
-        centroids[name] = {
-            int(v): to_world(store.affine(name), np.argwhere(label == v).mean(axis=0))
-            for v in np.unique(label)
-            if v
-        }
+    centroids = {name: label_centroids(store, name) for name in names}
     common = set.intersection(*(set(c) for c in centroids.values()))
     return (
         {n: np.mean([c[v] for v in sorted(common)], axis=0) for n, c in centroids.items()} if common else {}
@@ -126,14 +142,15 @@ def region_retrieval(
         vectors.append(features(torch.stack(crops).to(device)).mean(dim=1).float().cpu())
     stacked = torch.stack(vectors)  # (scans, R, C)
     centred = torch.nn.functional.normalize(stacked - stacked.mean(dim=(0, 1)), dim=-1)
-    hits, tries = 0, 0
+    hits: dict[str, list[int]] = {}
     for a, b in itertools.permutations(range(len(names)), 2):
         if store.patient(names[a]) == store.patient(names[b]):
             continue
         nearest = (centred[a] @ centred[b].T).argmax(dim=1)
-        hits += int((nearest == torch.arange(regions)).sum())
-        tries += regions
-    return Retrieval(hits / max(tries, 1), 1 / regions, regions, by)
+        hits.setdefault(store.patient(names[a]), []).append(int((nearest == torch.arange(regions)).sum()))
+    tries = regions * sum(map(len, hits.values()))
+    by_patient = {patient: sum(found) / (regions * len(found)) for patient, found in hits.items()}
+    return Retrieval(sum(map(sum, hits.values())) / max(tries, 1), 1 / regions, regions, by, by_patient)
 
 
 def token_table(
@@ -146,13 +163,13 @@ def token_table(
     crops_per_scan: int = 8,
     seed: int = 0,
     device: torch.device | str = "cpu",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Frozen tokens and the share of every label in each: (n, C) and (n, 256).
+) -> TokenTable:
+    """Frozen tokens and the share of every label in each.
 
     Crops are drawn around labelled voxels, half of them jittered by a quarter of the crop.
     """
     rng = np.random.default_rng([seed, 11])
-    rows, shares = [], []
+    rows, shares, owners = [], [], []
     size = np.array(crop_size)
     for name in names:
         labelled = np.argwhere(store.read_label_crop(name, (0, 0, 0), store.shape(name)) > 0)
@@ -162,21 +179,21 @@ def token_table(
         starts = centres + rng.integers(-(size // 4), size // 4 + 1, size=(crops_per_scan, 3)) - size // 2
         crops = torch.stack([_crop(store, name, start, crop_size, window_hu) for start in starts])
         rows.append(features(crops.to(device)).flatten(0, 1).float().cpu().numpy())
+        owners += [store.patient(name)] * len(rows[-1])
         for start in starts:
             shares.append(_label_shares(store.read_label_crop(name, start, crop_size), patch))
     if not rows:
         raise AliceError(f"None of the scans {', '.join(names)} has a labelled voxel.")
-    return np.concatenate(rows), np.concatenate(shares)
+    return TokenTable(np.concatenate(rows), np.concatenate(shares), np.array(owners))
 
 
-def linear_probe(
-    fit: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], organs: Sequence[int]
-) -> LinearProbe:
+def linear_probe(fit: TokenTable, test: TokenTable, organs: Sequence[int], draws: int = 0) -> LinearProbe:
     """Ridge regression of organ shares from tokens, fitted on some patients and scored on others.
 
     Args:
         fit, test: tables of :func:`token_table`, of different patients.
         organs: labels to score; labels that do not occur in both tables are left out.
+        draws: how often the test patients are drawn anew, for an interval.
 
     Returns:
         Pearson's r by organ and its mean; the ridge is chosen on the last third of ``fit``.
@@ -193,14 +210,30 @@ def linear_probe(
         )
         for ridge in RIDGES
     ]
-    predicted = _ridge(fit, test[0], used, RIDGES[int(np.argmax(scores))])
+    predicted = _ridge(fit[:2], test[0], used, RIDGES[int(np.argmax(scores))])
     by_organ = dict(zip(used, _correlations(predicted, test[1][:, used]), strict=True))
-    return LinearProbe(float(np.mean(list(by_organ.values()))), by_organ)
+    again = _resampled(predicted, test.shares[:, used], test.owners, draws)
+    return LinearProbe(float(np.mean(list(by_organ.values()))), by_organ, again)
 
 
-def _ridge(
-    fit: tuple[np.ndarray, np.ndarray], rows: np.ndarray, organs: Sequence[int], ridge: float
-) -> np.ndarray:
+def _resampled(predicted: np.ndarray, true: np.ndarray, owners: np.ndarray, draws: int) -> tuple[float, ...]:
+    """Mean correlations over organs, of patients drawn with replacement; from sums by patient."""
+    patients = sorted(set(owners.tolist()))
+    sums = np.stack(
+        [
+            np.stack([np.ones_like(p), p, t, p * p, t * t, p * t]).sum(axis=1)
+            for p, t in ((predicted[owners == who], true[owners == who].astype(float)) for who in patients)
+        ]
+    )  # (patients, 6, organs)
+    rng = np.random.default_rng(0)
+    weights = rng.multinomial(len(patients), np.full(len(patients), 1 / len(patients)), size=draws)
+    n, p, t, pp, tt, pt = np.einsum("dp,pso->sdo", weights, sums)
+    spread = np.sqrt(np.maximum(pp - p * p / n, 0) * np.maximum(tt - t * t / n, 0))
+    r = np.where(spread > 0, (pt - p * t / n) / np.maximum(spread, 1e-12), np.nan)
+    return tuple(float(v) for v in np.nanmean(r, axis=1)) if draws else ()
+
+
+def _ridge(fit: Sequence[np.ndarray], rows: np.ndarray, organs: Sequence[int], ridge: float) -> np.ndarray:
     x, y = fit[0].astype(np.float64), fit[1][:, organs].astype(np.float64)
     mean, spread = x.mean(axis=0), x.std(axis=0) + 1e-8
     x = (x - mean) / spread
@@ -236,7 +269,7 @@ def _crop(
 
 
 class EncoderProbe:
-    """Region retrieval, and with labels a linear probe, on a fixed set of held-back scans.
+    """Region retrieval, place error, and with labels a linear probe, on a fixed set of held-back scans.
 
     Args:
         store: where the scans are read.
@@ -261,6 +294,7 @@ class EncoderProbe:
         self.store, self.names, self.crop_size, self.window_hu = store, list(names), crop_size, window_hu
         self.device, self.crops_per_scan = device, crops_per_scan
         self.points, self.by = region_points(store, self.names)
+        self.places = anatomical_points(store, self.names) or self.points
         labelled = [n for n in self.names if store.has_label(n)]
         patients = sorted({store.patient(n) for n in labelled})
         if fit_names is None:
@@ -268,19 +302,55 @@ class EncoderProbe:
             labelled = [n for n in labelled if store.patient(n) in patients[1::2]]
         self.fit_names, self.test_names = list(fit_names), labelled
 
-    @torch.no_grad()
     def __call__(self, encoder: Callable) -> dict[str, float]:
-        """``retrieval``, its ``chance``, and ``linear`` (mean r) for an encoder whose output has ``.tokens``."""
+        """The values of :meth:`measure`, without their intervals."""
+        return {name: figure.value for name, figure in self.measure(encoder, intervals=False).items()}
+
+    def raw(self, patch: Sequence[int]) -> dict[str, Figure]:
+        """:meth:`measure` of intensities themselves: means of a token's sub-blocks, at most four along each side."""
+        blocks = [next(b for b in (4, 3, 2, 1) if p % b == 0) for p in patch]
+
+        class Intensities:
+            def __call__(self, crops: Tensor) -> Any:
+                pooled = F.avg_pool3d(crops, [p // b for p, b in zip(patch, blocks, strict=True)])
+                grid = [n // b for n, b in zip(pooled.shape[2:], blocks, strict=True)]
+                split = [n for pair in zip(grid, blocks, strict=True) for n in pair]
+                tokens = pooled.reshape(len(crops), *split).permute(0, 1, 3, 5, 2, 4, 6)
+                return types.SimpleNamespace(tokens=tokens.reshape(len(crops), math.prod(grid), -1))
+
+        encoder: Any = Intensities()
+        encoder.patch = tuple(patch)
+        return self.measure(encoder)
+
+    @torch.no_grad()
+    def measure(self, encoder: Callable, intervals: bool = True) -> dict[str, Figure]:
+        """What an encoder knows whose output has ``.tokens``.
+
+        Returns:
+            ``retrieval`` and its ``chance``; ``place_mm``, how far the most similar token of another patient lies from its
+            place, with ``place_chance_mm`` (a token at random) and ``place_least_mm`` (the best token there is); and with
+            labels ``linear``, the mean r.
+        """
 
         def features(crops: Tensor) -> Tensor:
             return encoder(crops).tokens
 
+        def read_crop(name: str, start: np.ndarray) -> Tensor:
+            return _crop(self.store, name, start, self.crop_size, self.window_hu)
+
         found = region_retrieval(
             features, self.store, self.points, self.crop_size, self.window_hu, self.by, self.device
         )
-        values = {"retrieval": found.accuracy, "chance": found.chance}
+        patch = encoder.patch  # type: ignore[attr-defined]
+        place = place_error(features, self.store, self.places, self.crop_size, patch, read_crop, self.device)
+        values = {
+            "retrieval": _figure(found.accuracy, found.by_patient, intervals),
+            "chance": Figure(found.chance),
+            "place_mm": _figure(place.mm, place.by_patient, intervals),
+            "place_chance_mm": Figure(place.chance_mm),
+            "place_least_mm": Figure(place.least_mm),
+        }
         if self.fit_names and self.test_names:
-            patch = encoder.patch  # type: ignore[attr-defined]
             tables = [
                 token_table(
                     features,
@@ -298,8 +368,17 @@ class EncoderProbe:
             both = (tables[0][1].max(axis=0) > 0) & (tables[1][1].max(axis=0) > 0)
             organs = [int(o) for o in np.flatnonzero(both) if o]
             if organs:
-                values["linear"] = linear_probe(tables[0], tables[1], organs).correlation
+                read = linear_probe(tables[0], tables[1], organs, draws=2000 if intervals else 0)
+                patients = len(set(tables[1].owners.tolist()))
+                low_high = np.quantile(read.resampled, [0.025, 0.975]) if intervals and patients > 2 else ()
+                values["linear"] = Figure(read.correlation, *(float(v) for v in low_high))
         return values
+
+
+def _figure(value: float, by_patient: dict[str, float], intervals: bool) -> Figure:
+    if not intervals:
+        return Figure(value)
+    return Figure(value, *bootstrap_interval(list(by_patient.values())))
 
 
 def encoder_probe(store: Volumes, names: Sequence[str], **options: object) -> EncoderProbe | None:
