@@ -248,6 +248,7 @@ def test_every_override_names_a_key_of_train_yaml():
         "mae.yaml",
         "quickstart.yaml",
         "pooled.yaml",
+        "small.yaml",
     ):
         check_keys(complete, ConfigParser.load_config_file(CONFIGS / name), name)
 
