@@ -73,7 +73,7 @@ def read_case(store: VolumeStore, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def draw(cases: Sequence[tuple[np.ndarray, np.ndarray]], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """A crop and its label: two in three around a labelled voxel, the others anywhere."""
-    image, label = cases[rng.integers(len(cases))]
+    image, label = cases[int(rng.integers(len(cases)))]
     size, shape = np.array(CROP), np.array(image.shape)
     if rng.random() < 2 / 3:
         places = np.argwhere(label > 0)
