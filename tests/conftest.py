@@ -76,3 +76,11 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("ALICE_TEST_DATA names no folder of real scans")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory):
+    """Six labelled cases for the segmentation bundles."""
+    from seg_bundles import write_cohort
+
+    return write_cohort(tmp_path_factory.mktemp("cohort"))

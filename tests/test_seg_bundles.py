@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,87 +15,32 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO
-from ignite.engine import Engine, Events
+from ignite.engine import Engine
 from monai.bundle import ConfigParser
 from monai.bundle.scripts import ckpt_export, run, verify_net_in_out
 from monai.inferers import SlidingWindowInferer, sliding_window_inference
 from monai.networks.nets import UNETR, SwinUNETR
 from safetensors.torch import save_file
+from seg_bundles import (
+    BUNDLES,
+    FLARE,
+    SHAPE,
+    SMALL_NNFORMER,
+    TINY,
+    TRIAL,
+    bundle_run,
+    configs,
+    names_of,
+    parser_of,
+)
 
 from custom.bundles.copies import write_copies
 from custom.bundles.preflight import check_keys
 from custom.encoders.masked_swin import MaskedSwin
 from custom.encoders.masked_vit import MaskedViT
-from custom.evaluation.scores.rules import BTCV, BTCV_ORGANS, FLARE22, FLARE22_ORGANS
+from custom.evaluation.scores.rules import BTCV, FLARE22
 from custom.evaluation.splits.folds import few_shot, split_folds
 from custom.transfer.encoder_weights import WeightsError, resize_encoder, save_encoder
-
-BUNDLES = {"alice_seg_flare": FLARE22_ORGANS, "alice_seg_btcv": BTCV_ORGANS}
-FLARE = REPO / "bundles" / "alice_seg_flare"
-SHAPE = (28, 26, 22)
-TINY = {
-    "network_def::feature_size": 4,
-    "network_def::hidden_size": 48,
-    "network_def::mlp_dim": 96,
-    "network_def::num_heads": 4,
-    "roi_size": [32, 32, 16],
-    "spacing": [8.0, 8.0, 8.0],
-    "device": "$torch.device('cpu')",
-}
-SMALL_NNFORMER = {"network_def::embed_dim": 12, "network_def::num_heads": [1, 2, 4, 8]}
-TRIAL = TINY | {"epochs": 1, "crops_per_case": 1, "learning_rate": 1.0e-3, "overlap": 0.25}
-
-
-def write_case(folder, case, affine, image_name="{}_0000.nii.gz", organs=13, shape=SHAPE):
-    """A box of tissue in air, with one small box of each organ, all values told apart by the case."""
-    rng = np.random.default_rng(len(case) + sum(map(ord, case)))
-    volume = np.full(shape, -1000, np.int16)
-    volume[3:-3, 3:-3, 2:-2] = rng.integers(-50, 60, (shape[0] - 6, shape[1] - 6, shape[2] - 4))
-    labels = np.zeros(shape, np.uint8)
-    for organ in range(1, organs + 1):
-        x, y, z = 4 + 5 * (organ % 4), 4 + 5 * (organ // 4), 4 + organ % 3 * 4
-        labels[x : x + 4, y : y + 4, z : z + 4] = organ
-        volume[labels == organ] = 60 + 10 * organ
-    for kind, array, name in (
-        ("images", volume, image_name.format(case)),
-        ("labels", labels, f"{case}.nii.gz"),
-    ):
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-        nib.save(nib.Nifti1Image(array, affine), folder / kind / name)
-
-
-def oblique():
-    turn = 0.15
-    affine = np.diag([-7.0, -8.0, 9.0, 1.0])
-    affine[:3, :3] = (
-        np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
-        @ affine[:3, :3]
-    )
-    affine[:3, 3] = [60, 70, -100]
-    return affine
-
-
-@pytest.fixture(scope="session")
-def cohort(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cohort")
-    for number in range(1, 7):
-        write_case(folder, f"case_{number:02d}", oblique() if number % 2 else np.diag([8.0, 7.0, 6.0, 1.0]))
-    return folder
-
-
-def configs(*names, bundle=FLARE):
-    return [str(bundle / "configs" / f"{name}.yaml") for name in names]
-
-
-def bundle_run(*names, bundle=FLARE, **settings):
-    run(config_file=configs(*names, bundle=bundle), bundle_root=str(bundle), logging_file=False, **settings)
-
-
-def parser_of(*names, bundle=FLARE, **settings):
-    parser = ConfigParser()
-    parser.read_config(configs(*names, bundle=bundle))
-    parser.update({"bundle_root": str(bundle), **settings})
-    return parser
 
 
 @pytest.fixture(scope="session")
@@ -254,10 +198,6 @@ def problems_of(parser):
     return parser.get_parsed_content("problems")
 
 
-def names_of(records):
-    return {Path(record["image"]).name for record in records}
-
-
 def test_folds_and_few_shot_subsets_are_those_of_custom(cohort):
     cases = [{"patient": f"case_{i:02d}"} for i in range(1, 7)]
     folds = split_folds(cases)
@@ -395,11 +335,7 @@ def causes_of(error):
 
 @pytest.mark.slow
 def test_training_keeps_the_best_and_the_last_and_never_model_pt(trained):
-    assert {p.name for p in trained.rglob("*.pt")} == {
-        "model_finetuned.pt",
-        "checkpoint_epoch=1.pt",
-        "last.pt",
-    }
+    assert {p.name for p in trained.rglob("*.pt")} == {"model_finetuned.pt", "last.pt"}
     state = torch.load(trained / "model_finetuned.pt", weights_only=True)
     tiny_network("train").load_state_dict(state, strict=True)
     assert not (FLARE / "models" / "model_finetuned.pt").exists()
@@ -407,60 +343,6 @@ def test_training_keeps_the_best_and_the_last_and_never_model_pt(trained):
 
 def tiny_network(*names, **settings):
     return parser_of(*names, **(TINY | settings)).get_parsed_content("network_def")
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_where_it_stopped(cohort, tmp_path):
-    common = TRIAL | {"dataset_dir": str(cohort), "labelled": 2, "val_interval": 2}
-    for name, epochs, resume in (("whole", 2, False), ("halves", 1, False), ("halves", 2, True)):
-        folder = str(tmp_path / name)
-        settings = common | {"epochs": epochs, "resume": resume, "output_dir": folder, "ckpt_dir": folder}
-        bundle_run("train", **settings | {"total_steps": 4})  # one schedule for both
-    whole, halves = (
-        torch.load(tmp_path / n / "checkpoints" / "last.pt", weights_only=True) for n in ("whole", "halves")
-    )
-    assert whole["trainer"]["iteration"] == halves["trainer"]["iteration"] == 4
-    assert whole["lr_scheduler"]["last_epoch"] == halves["lr_scheduler"]["last_epoch"]
-    assert whole["optimizer"]["state"][0]["step"] == halves["optimizer"]["state"][0]["step"] == 4
-
-
-@pytest.mark.slow
-def test_a_run_that_goes_on_keeps_its_best_network(cohort, tmp_path):
-    """The score to beat is kept with the run: a worse validation after the stop leaves the best network as it is."""
-    folder = str(tmp_path)
-    settings = TRIAL | {"dataset_dir": str(cohort), "labelled": 2, "val_interval": 1, "epochs": 1, "output_dir": folder, "ckpt_dir": folder}  # fmt: skip
-    bundle_run("train", **settings)
-    last, best = tmp_path / "checkpoints" / "last.pt", tmp_path / "model_finetuned.pt"
-    state = torch.load(last, weights_only=True)
-    (saved,) = state["best"]["_saved"]
-    state["best"]["_saved"] = [(2.0, saved[1])]  # better than any Dice to come
-    torch.save(state, last)
-    before = best.read_bytes()
-    bundle_run("train", **settings | {"epochs": 2, "resume": True})
-    assert torch.load(last, weights_only=True)["trainer"]["iteration"] > state["trainer"]["iteration"]
-    assert best.read_bytes() == before
-
-
-@pytest.mark.slow
-def test_sigterm_ends_a_run_with_its_last_checkpoint(cohort, tmp_path):
-    settings = TRIAL | {
-        "dataset_dir": str(cohort),
-        "output_dir": str(tmp_path),
-        "ckpt_dir": str(tmp_path),
-        "epochs": 9,
-    }
-    parser = parser_of("train", **settings)
-    trainer = parser.get_parsed_content("train::trainer")
-    trainer.add_event_handler(
-        Events.ITERATION_COMPLETED(once=2), lambda: os.kill(os.getpid(), signal.SIGTERM)
-    )
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        parser.get_parsed_content("run")
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    saved = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
-    assert saved["trainer"]["iteration"] == trainer.state.iteration == 2
 
 
 # -- where training starts -----------------------------------------------------------

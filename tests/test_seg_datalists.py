@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from monai.data import load_decathlon_datalist
-from test_seg_bundles import names_of, parser_of, write_case
+from seg_bundles import names_of, parser_of, write_case
 
 from custom.evaluation.splits.datalists import case_name, make_datalist, write_datalist
 

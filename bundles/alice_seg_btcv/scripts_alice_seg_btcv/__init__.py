@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
-from . import averaging, body, cases, checks, losses, scans, scores, training, weights
+from . import averaging, body, cases, chance, checks, losses, resume, scans, scores, training, weights
 
 __all__ = [
-    "averaging", "body", "cases", "checks", "losses", "of", "scans", "scores", "stop", "training", "weights",
+    "averaging", "body", "cases", "chance", "checks", "losses", "of", "resume", "scans", "scores", "stop", "training",
+    "weights",
 ]  # fmt: skip
 
 

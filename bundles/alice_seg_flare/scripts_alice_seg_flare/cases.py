@@ -158,6 +158,10 @@ class Cases:
         chosen = set(self.candidates[: self.num_labelled])
         return [r for r in self.others if patient_of(r) in chosen]
 
+    def names(self, *parts: Sequence[Record]) -> list[str]:
+        """Names of the cases of one or several lists, such as those to train and to validate on."""
+        return sorted(case_of(record["image"]) for part in parts for record in part)
+
     def problems(
         self, train_data: Sequence[Record], files_read: Iterable[Record], labels: Sequence[str]
     ) -> list[str]:

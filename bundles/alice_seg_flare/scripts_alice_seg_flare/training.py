@@ -1,10 +1,8 @@
-"""Training: SIGTERM, clipping, where to go on, and the learning rates of the overrides."""
+"""Training: SIGTERM, clipping, and the learning rates of the overrides."""
 
 from __future__ import annotations
 
-import glob
 import math
-import os
 import re
 import signal
 import threading
@@ -39,12 +37,6 @@ def clip_gradients(trainer: Any, network: nn.Module, optimizer: Any, max_norm: f
         torch.nn.utils.clip_grad_norm_(network.parameters(), max_norm)
 
     trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, clip)
-
-
-def last_checkpoint(output_dir: str) -> str | None:
-    """Path of the newest checkpoint of a run; None if it has none."""
-    found = glob.glob(os.path.join(glob.escape(output_dir), "checkpoints", "*.pt"))
-    return max(found, key=os.path.getmtime, default=None)
 
 
 def layer_decay(network: nn.Module, encoder: nn.Module, rate: float, decay: float) -> list[dict[str, Any]]:
