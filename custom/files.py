@@ -1,10 +1,11 @@
-"""Files that are written completely or not at all, and their checksums."""
+"""Files that are written completely or not at all, their names, and their checksums."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,6 +73,27 @@ def write_text(
     """Write UTF-8 text; arguments and errors as :func:`replacing`."""
     with replacing(path, sync=sync, error=error, advice=advice) as draft:
         draft.write_text(text, encoding="utf-8", newline="")
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name from a file, header or index can name a file in a folder: it has one part and leads nowhere else."""
+    return (
+        isinstance(name, str)
+        and name.strip() not in ("", ".", "..")
+        and not set(name) & set("/\\\0")
+        and not Path(name).drive
+    )
+
+
+def stays_inside(path: object) -> bool:
+    """Whether a relative path from a file, header or index stays in the folder that it is relative to."""
+    return (
+        isinstance(path, str)
+        and "\0" not in path
+        and not path.startswith(("/", "\\"))
+        and not Path(path).drive
+        and ".." not in re.split(r"[/\\]", path)
+    )
 
 
 def sha256_of_file(path: str | os.PathLike[str]) -> str:

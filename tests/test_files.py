@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from custom.errors import AliceError
-from custom.files import replacing, sha256_of_file, write_text
+from custom.files import is_plain_name, replacing, sha256_of_file, stays_inside, write_text
 
 
 class OtherError(AliceError):
@@ -68,3 +68,20 @@ def test_the_checksum_is_that_of_all_bytes(tmp_path):
     content = os.urandom((1 << 20) + 7)
     (tmp_path / "a").write_bytes(content)
     assert sha256_of_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["case_1.2", "Fall-7 (ä)", "..a", "s-0f", "名"])
+def test_plain_names_are_taken(name):
+    assert is_plain_name(name) and stays_inside(name) and stays_inside(f"a/b c/{name}.nii.gz")
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", ".", "..", "a/b", "../a", "/a", "a\\b", "..\\a", "a\0", None, 7, ["a"]]
+)
+def test_names_that_lead_elsewhere_are_not_plain(name):
+    assert not is_plain_name(name)
+
+
+@pytest.mark.parametrize("path", ["../a", "a/../../b", "a/..", "/a", "\\a", "a\\..\\..\\b", "\0", None, 7])
+def test_paths_that_leave_their_folder_are_told(path):
+    assert not stays_inside(path)

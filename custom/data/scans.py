@@ -14,6 +14,7 @@ import numpy as np
 from custom.data.errors import ScanError
 from custom.data.formats.open_scan import open_scan
 from custom.data.formats.reasons import Fault, Reason
+from custom.files import is_plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +29,23 @@ TCGA_BARCODE = re.compile(r"TCGA-\w{2}-\w{4}", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan of a datalist."""
+    """One scan of a datalist.
+
+    Raises:
+        ScanError: if its name cannot be that of a file.
+    """
 
     name: str  # unique in its list, and usable as a file name
     image: Path
     patient: str
     label: Path | None = None
     extra: dict = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if not is_plain_name(self.name):
+            raise ScanError(
+                f"{self.image}: the scan is called {self.name!r}, which cannot name a file. Rename it."
+            )
 
 
 def list_scans(source: str | Path, patient_pattern: str | None = None) -> list[Scan]:
@@ -141,7 +152,7 @@ def _to_scans(source: Path, records: Iterable[dict], pattern: str | None) -> lis
             raise ScanError(f"{image}: listed twice (also as {seen[real]}). Remove one from {source}.")
         seen[real] = str(image)
         relative = image.relative_to(source) if source.is_dir() else image
-        short = stem(image)
+        short = stem(image).replace("\\", "_")
         name = short if short not in names else re.sub(r"[^\w.\-]+", "_", str(relative.with_name(short)))
         while name in names:
             name += "_"

@@ -21,7 +21,7 @@ from custom.data.formats.voxels import MOST_BYTES
 from custom.data.intake.scan_record import ScanRecord
 from custom.data.remote import RemoteFolder, is_url
 from custom.data.scans import Scan
-from custom.files import write_text
+from custom.files import is_plain_name, stays_inside, write_text
 
 FORMAT = "alice-manifest-1"
 _PLAIN = {"str": (str,), "str | None": (str,), "float | None": (int, float), "int": (int,)}
@@ -235,8 +235,11 @@ def record_of(path: str | Path, index: int, entry: Any) -> ScanRecord:
         if key not in entry:
             raise refuse(f"lacks {key!r}")
     for name in [entry["path"], *entry.get("files", []), *([entry["label"]] if "label" in entry else [])]:
-        if not isinstance(name, str) or posixpath.isabs(name) or ".." in name.split("/"):
+        if not stays_inside(name):
             raise refuse(f"has a path that leaves the folder: {name!r}")
+    # a refused file may be called by its whole path; only what is built becomes the name of a file
+    if entry["kind"] == "image" and "id" in entry and not is_plain_name(entry["id"]):
+        raise refuse(f"has an id that cannot name a file: {entry['id']!r}")
     reasons = entry.get("reasons", [])
     if any(code not in [reason.value for reason in Reason] for code in reasons):
         raise refuse("has an unknown reason")

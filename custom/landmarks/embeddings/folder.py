@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from custom.data.store.volume_store import VolumeStore
-from custom.files import write_text
+from custom.files import is_plain_name, write_text
 from custom.landmarks.embeddings.file import FORMAT, EmbeddingError
 from custom.landmarks.embeddings.stored import StoredEmbedding
 
@@ -57,8 +57,8 @@ class EmbeddingFolder:
     @property
     def names(self) -> list[str]:
         """All scans in the folder, sorted."""
-        found = self.path.rglob(f"*{SUFFIX}")
-        return sorted(p.relative_to(self.path).as_posix().removesuffix(SUFFIX) for p in found)
+        found = self.path.glob(f"*{SUFFIX}")
+        return sorted(p.name.removesuffix(SUFFIX) for p in found)
 
     def require(self, store: VolumeStore, names: Sequence[str] | None = None) -> None:
         """Refuse embeddings that are missing or were made from other scans.
@@ -113,7 +113,15 @@ class EmbeddingFolder:
 
 
 def embedding_path(folder: Path, name: str) -> Path:
-    """The file of a scan's embeddings."""
+    """The file of a scan's embeddings.
+
+    Raises:
+        EmbeddingError: if the scan's name would lead out of the folder.
+    """
+    if not is_plain_name(name):
+        raise EmbeddingError(
+            f"{folder}: a scan is called {name!r}, which cannot name a file there. Rename it."
+        )
     return folder / f"{name}{SUFFIX}"
 
 
