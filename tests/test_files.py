@@ -7,7 +7,16 @@ import stat
 import pytest
 
 from custom.errors import AliceError
-from custom.files import is_plain_name, replacing, sha256_of_file, stays_inside, write_text
+from custom.files import (
+    is_plain_name,
+    path_in,
+    read_json,
+    read_text,
+    replacing,
+    sha256_of_file,
+    stays_inside,
+    write_text,
+)
 
 
 class OtherError(AliceError):
@@ -85,3 +94,47 @@ def test_names_that_lead_elsewhere_are_not_plain(name):
 @pytest.mark.parametrize("path", ["../a", "a/../../b", "a/..", "/a", "\\a", "a\\..\\..\\b", "\0", None, 7])
 def test_paths_that_leave_their_folder_are_told(path):
     assert not stays_inside(path)
+
+
+def as_windows(text: str, encoding: str) -> bytes:
+    return text.replace("\n", "\r\n").encode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])  # Notepad, and PowerShell's >
+def test_text_of_any_system_is_read(tmp_path, encoding):
+    (tmp_path / "a.json").write_bytes(as_windows('{"a":\n ["ä", 1]}\n', encoding))
+    assert read_text(tmp_path / "a.json") == '{"a":\n ["ä", 1]}\n'
+    assert read_json(tmp_path / "a.json") == {"a": ["ä", 1]}
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (b"", "Expecting value"),
+        (b"{'a': 1}", "double quotes"),
+        (b'{"a": "\xff\xfe"}', "not UTF-8 text"),
+        (b"[" * 200_000 + b"]" * 200_000, "nested too deeply"),
+        (b'{"a":' * 200_000, "nested too deeply"),
+        (b"[" + b"9" * 5000 + b"]", "digits"),
+    ],
+)
+def test_what_is_no_json_is_said_in_one_line(tmp_path, content, why):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(OtherError, match=rf"a\.json: .*{why}.* Make another\.") as caught:
+        read_json(tmp_path / "a.json", error=OtherError, advice="Make another.")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_missing_text_is_named(tmp_path):
+    with pytest.raises(AliceError, match=r"gone\.json: cannot be read \(No such file"):
+        read_json(tmp_path / "gone.json")
+    with pytest.raises(AliceError, match=r"cannot be read \(Is a directory\)"):
+        read_text(tmp_path)
+
+
+def test_back_slashes_count_as_slashes_unless_a_file_is_called_so(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").touch()
+    assert path_in(tmp_path, "a\\b") == tmp_path / "a" / "b"
+    (tmp_path / "a\\b").touch()
+    assert path_in(tmp_path, "a\\b") == tmp_path / "a\\b"

@@ -18,7 +18,7 @@ from custom.data.grid.profiles import PROFILES, profile_of, window_of
 from custom.data.remote import RemoteFolder, is_url
 from custom.data.store.chunked_array import CHUNK, MAKE_ROOM, ChunkedArray
 from custom.errors import AliceError
-from custom.files import is_plain_name, write_text
+from custom.files import is_plain_name, read_json, write_text
 
 FORMAT = "alice-store-3"
 
@@ -295,10 +295,9 @@ def read_index(store: Path) -> dict[str, Any]:
         raise StoreError(
             f"{store}: no store here (index.json is missing). Make one: alice build SCANS {store}"
         )
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise StoreError(f"{path}: unreadable ({error}). Delete the store and build it again.") from error
+    index = read_json(
+        path, error=StoreError, advice="Delete it and build the store again; finished volumes are kept."
+    )
     found = index.get("format") if isinstance(index, dict) else None
     if found != FORMAT:
         raise StoreError(
