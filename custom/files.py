@@ -1,12 +1,16 @@
-"""Files that are written completely or not at all, and their checksums."""
+"""Files: written completely or not at all, read as text of any system; their names and checksums."""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
+import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from custom.errors import AliceError
 
@@ -72,6 +76,81 @@ def write_text(
     """Write UTF-8 text; arguments and errors as :func:`replacing`."""
     with replacing(path, sync=sync, error=error, advice=advice) as draft:
         draft.write_text(text, encoding="utf-8", newline="")
+
+
+def read_text(path: str | os.PathLike[str], *, error: type[AliceError] = AliceError, advice: str = "") -> str:
+    """Read a text file of any system: UTF-8, or UTF-16 as Windows PowerShell writes it; with or without a byte-order mark.
+
+    Args:
+        path: of the file. Its lines may end in LF, CRLF or CR; the text has LF.
+        error: what a failure is raised as.
+        advice: the end of the error's message.
+
+    Raises:
+        AliceError: (or ``error``) if the file is missing or is not text.
+    """
+    try:
+        return decoded(Path(path).read_bytes())
+    except UnicodeError as failure:
+        why = f"it is not UTF-8 text: {failure}"
+    except OSError as failure:
+        why = failure.strerror or type(failure).__name__
+    raise error(f"{path}: cannot be read ({why}). {advice}".strip())
+
+
+def decoded(content: bytes) -> str:
+    """The text of a file's bytes, see :func:`read_text`."""
+    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if utf_16 else "utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: str | os.PathLike[str], *, error: type[AliceError] = AliceError, advice: str = "") -> Any:
+    """Read a JSON file; arguments and errors as :func:`read_text`."""
+    return parse_json(read_text(path, error=error, advice=advice), path, error=error, advice=advice)
+
+
+def parse_json(
+    text: str, path: str | os.PathLike[str], *, error: type[AliceError] = AliceError, advice: str = ""
+) -> Any:
+    """The value of a JSON text; ``path`` is for the message, the rest is as in :func:`read_text`."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        why = "it is nested too deeply"
+    except ValueError as failure:
+        why = str(failure)
+    raise error(f"{path}: not readable as JSON ({why}). {advice}".strip())
+
+
+def path_in(folder: Path, text: str) -> Path:
+    """A path that a text file gives relative to its folder; Windows' back-slashes count as slashes.
+
+    A name that holds a back-slash, as other systems allow, is found as it is.
+    """
+    path = folder / text
+    return path if "\\" not in text or path.exists() else folder / text.replace("\\", "/")
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name from a file, header or index can name a file in a folder: it has one part and leads nowhere else."""
+    return (
+        isinstance(name, str)
+        and name.strip() not in ("", ".", "..")
+        and not set(name) & set("/\\\0")
+        and not Path(name).drive
+    )
+
+
+def stays_inside(path: object) -> bool:
+    """Whether a relative path from a file, header or index stays in the folder that it is relative to."""
+    return (
+        isinstance(path, str)
+        and "\0" not in path
+        and not path.startswith(("/", "\\"))
+        and not Path(path).drive
+        and ".." not in re.split(r"[/\\]", path)
+    )
 
 
 def sha256_of_file(path: str | os.PathLike[str]) -> str:

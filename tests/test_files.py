@@ -7,7 +7,16 @@ import stat
 import pytest
 
 from custom.errors import AliceError
-from custom.files import replacing, sha256_of_file, write_text
+from custom.files import (
+    is_plain_name,
+    path_in,
+    read_json,
+    read_text,
+    replacing,
+    sha256_of_file,
+    stays_inside,
+    write_text,
+)
 
 
 class OtherError(AliceError):
@@ -68,3 +77,64 @@ def test_the_checksum_is_that_of_all_bytes(tmp_path):
     content = os.urandom((1 << 20) + 7)
     (tmp_path / "a").write_bytes(content)
     assert sha256_of_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["case_1.2", "Fall-7 (ä)", "..a", "s-0f", "名"])
+def test_plain_names_are_taken(name):
+    assert is_plain_name(name) and stays_inside(name) and stays_inside(f"a/b c/{name}.nii.gz")
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", ".", "..", "a/b", "../a", "/a", "a\\b", "..\\a", "a\0", None, 7, ["a"]]
+)
+def test_names_that_lead_elsewhere_are_not_plain(name):
+    assert not is_plain_name(name)
+
+
+@pytest.mark.parametrize("path", ["../a", "a/../../b", "a/..", "/a", "\\a", "a\\..\\..\\b", "\0", None, 7])
+def test_paths_that_leave_their_folder_are_told(path):
+    assert not stays_inside(path)
+
+
+def as_windows(text: str, encoding: str) -> bytes:
+    return text.replace("\n", "\r\n").encode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])  # Notepad, and PowerShell's >
+def test_text_of_any_system_is_read(tmp_path, encoding):
+    (tmp_path / "a.json").write_bytes(as_windows('{"a":\n ["ä", 1]}\n', encoding))
+    assert read_text(tmp_path / "a.json") == '{"a":\n ["ä", 1]}\n'
+    assert read_json(tmp_path / "a.json") == {"a": ["ä", 1]}
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (b"", "Expecting value"),
+        (b"{'a': 1}", "double quotes"),
+        (b'{"a": "\xff\xfe"}', "not UTF-8 text"),
+        (b"[" * 200_000 + b"]" * 200_000, "nested too deeply"),
+        (b'{"a":' * 200_000, "nested too deeply"),
+        (b"[" + b"9" * 5000 + b"]", "digits"),
+    ],
+)
+def test_what_is_no_json_is_said_in_one_line(tmp_path, content, why):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(OtherError, match=rf"a\.json: .*{why}.* Make another\.") as caught:
+        read_json(tmp_path / "a.json", error=OtherError, advice="Make another.")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_missing_text_is_named(tmp_path):
+    with pytest.raises(AliceError, match=r"gone\.json: cannot be read \(No such file"):
+        read_json(tmp_path / "gone.json")
+    with pytest.raises(AliceError, match=r"cannot be read \(Is a directory\)"):
+        read_text(tmp_path)
+
+
+def test_back_slashes_count_as_slashes_unless_a_file_is_called_so(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").touch()
+    assert path_in(tmp_path, "a\\b") == tmp_path / "a" / "b"
+    (tmp_path / "a\\b").touch()
+    assert path_in(tmp_path, "a\\b") == tmp_path / "a\\b"

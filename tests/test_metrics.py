@@ -10,6 +10,7 @@ from monai.metrics.utils import create_table_neighbour_code_to_surface_area
 
 from custom import files
 from custom.errors import AliceError
+from custom.evaluation.compare.run_files import read_run
 from custom.evaluation.scores import surfaces
 from custom.evaluation.scores.csv_rows import read_rows, write_rows
 from custom.evaluation.scores.metrics import case_rows, dice, flare_scores, hd95, nsd
@@ -337,6 +338,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
         write_rows(path, [{"case": "new", "dsc": 0.0}])
     assert read_rows(path)[0]["case"] == "old"
     assert list(tmp_path.iterdir()) == [path]
+    path.write_bytes(b"\xef\xbb\xbfcase,organ,dsc\r\nold,liver,1\r\n")  # as Excel saves it
+    assert read_rows(path) == [{"case": "old", "organ": "liver", "dsc": 1.0}]
+    assert read_run(tmp_path) == read_rows(path)
 
 
 # -- refusals -----------------------------------------------------------------------------------------

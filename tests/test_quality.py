@@ -59,7 +59,7 @@ def shifted(tmp_path_factory: pytest.TempPathFactory) -> VolumeStore:
     folder = tmp_path_factory.mktemp("shifted")
     for name, start in (("a", 10), ("b", 14)):
         volume, label = np.full((40, 31, 23), 30, np.int16), np.zeros((40, 31, 23), np.uint8)
-        volume[:2] = -1000
+        volume[:2], volume[start, 10, 8] = -1000, 31  # no two scans hold the same voxels
         label[start : start + 11, 10:17, 8:13] = 1
         affine = np.diag([2.0, 2.0, 3.0, 1.0])
         nib.save(nib.Nifti1Image(volume, affine), folder / f"{name}.nii.gz")
@@ -179,6 +179,8 @@ def test_landmarks_are_read_and_measured(tmp_path):
     marks = read_landmarks(path)
     figures = landmark_error(Shift(), marks, [("a", "b"), ("b", "a")])
     assert [values.tolist() for values in figures.by_pair] == [[5.0], [5.0]]
+    path.write_bytes(path.read_text().replace("\n", "\r\n").encode("utf-8-sig"))  # as Excel saves it
+    assert str(read_landmarks(path)) == str(marks)
     path.write_text("scan,landmark,x,y,z\na,carina,1,,3\n")
     with pytest.raises(ValueError, match=r"marks\.csv, line 2"):
         read_landmarks(path)

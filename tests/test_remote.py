@@ -1,3 +1,5 @@
+import json
+
 import fsspec
 import numpy as np
 import pytest
@@ -47,6 +49,26 @@ def test_pairs_come_from_a_url(store, url, tmp_path):
     far = VolumeStore(url, cache=tmp_path)
     here, there = (AlignedPair(s, CoordinateAligner(s), (16, 12, 8))[3] for s in (store, far))
     assert np.array_equal(here["crop_k"], there["crop_k"]) and far.check() == {}
+
+
+@pytest.mark.parametrize("name", ["../../out", "/tmp/out", "..\\out", "a/b", ".."])
+def test_a_volume_whose_name_leads_out_of_the_cache_is_refused(store, url, tmp_path, name):
+    system = fsspec.filesystem("memory")
+    index = json.loads(system.cat_file("/bucket/store/index.json"))
+    index["volumes"][name] = index["volumes"].pop(store.names[0]) | {"name": name}
+    system.pipe_file("/bucket/store/index.json", json.dumps(index).encode())
+    with pytest.raises(StoreError, match="a volume is called .*cannot name a file"):
+        VolumeStore(url, cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, version",
+    [("../x.b2nd", ""), ("volumes/../../x", ""), ("/x", ""), ("x", "../../.."), ("x", "/tmp/a")],
+)
+def test_nothing_is_fetched_to_a_place_outside_of_the_cache(url, tmp_path, name, version):
+    with pytest.raises(StoreError, match="leads out of the folder for copies"):
+        RemoteFolder(url, tmp_path / "cache").fetch(name, version)
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_a_volume_that_changed_is_fetched_anew(store, url, tmp_path):

@@ -73,12 +73,25 @@ def test_datalists_of_monai_and_msd_are_read(tmp_path):
 
 @pytest.mark.parametrize(
     "content, message", [("{", "not readable as JSON"), ("[]", "names no image"), ('[{"label": "x"}]', "names no image"),
-                         ('["a.nii.gz", "a.nii.gz"]', "a.nii.gz: listed twice")],
+                         ('["a.nii.gz", "a.nii.gz"]', "a.nii.gz: listed twice"), ("7", "A datalist is a JSON list"),
+                         ("[" * 100_000, "nested too deeply.*A datalist is"), ("\udcff", "not UTF-8 text")],
 )  # fmt: skip
 def test_bad_datalists_are_refused(tmp_path, content, message):
-    (tmp_path / "list.json").write_text(content)
+    (tmp_path / "list.json").write_text(content, errors="surrogateescape")
     with pytest.raises(ScanError, match=message):
         list_scans(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_datalists_from_windows_are_read(tmp_path, encoding):
+    for i in range(2):
+        save(tmp_path / "images" / f"s{i}.nii.gz", ct())
+    entries = [{"image": f"images\\s{i}.nii.gz", "label": f"labels\\s{i}.nii.gz"} for i in range(2)]
+    text = json.dumps({"training": entries}, indent=1).replace("\n", "\r\n")
+    (tmp_path / "list.json").write_bytes(text.encode(encoding))
+    scans = list_scans(tmp_path / "list.json")
+    assert [s.name for s in scans] == ["s0", "s1"] and all(s.image.is_file() for s in scans)
+    assert scans[1].label == tmp_path / "labels" / "s1.nii.gz"
 
 
 def test_missing_and_empty_sources_are_refused(tmp_path):

@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 from conftest import write_scan
 
+from custom.data.errors import ScanError
 from custom.data.grid.body import body_mask
 from custom.data.grid.orientation import to_ras
 from custom.data.grid.resample import resample
+from custom.data.scans import Scan
 from custom.data.store.build import build_store
+from custom.data.store.convert import record_path
 from custom.data.store.volume_store import StoreError, VolumeStore, volume_path
+from custom.landmarks.embeddings.file import EmbeddingError
+from custom.landmarks.embeddings.folder import embedding_path
 from custom.space import to_voxels, to_world
 
 
@@ -181,4 +186,30 @@ def test_a_build_killed_midway_goes_on_where_it_stopped(tmp_path):
 def test_the_index_names_its_format(store, tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(StoreError, match="format 'other'"):
+        VolumeStore(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../../out", "/tmp/out", "a\\b", ""])
+def test_a_volume_whose_name_leads_out_of_the_store_is_refused_when_read_and_when_written(
+    store, tmp_path, name
+):
+    index = json.loads((store.path / "index.json").read_text())
+    index["volumes"][name] = index["volumes"].pop("case0")
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(StoreError, match="a volume is called .*cannot name a file"):
+        VolumeStore(tmp_path)
+    for place in (lambda: volume_path(tmp_path, name, "hu"), lambda: record_path(tmp_path, name)):
+        with pytest.raises(StoreError, match="cannot name a file"):
+            place()
+    with pytest.raises(ScanError, match="cannot name a file"):
+        Scan(name, tmp_path / "a.nii.gz", "anna")
+    with pytest.raises(EmbeddingError, match="cannot name a file"):
+        embedding_path(tmp_path, name)
+
+
+@pytest.mark.parametrize("change", [{"settings": 1}, {"volumes": []}, {"volumes": None}])
+def test_an_index_without_its_parts_is_refused(store, tmp_path, change):
+    index = json.loads((store.path / "index.json").read_text()) | change
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(StoreError, match="index.json: lacks its settings or volumes"):
         VolumeStore(tmp_path)

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from custom.bundles.preflight import check_files
 from custom.data.errors import ScanError
 from custom.data.grid.profiles import window_of
-from custom.data.intake.manifest import Manifest
+from custom.data.intake.manifest import Manifest, is_manifest
 from custom.data.remote import is_url
 from custom.data.scans import Scan, list_scans
 from custom.data.store.build_cost import build_cost
@@ -165,12 +165,7 @@ def scans_of(source: str | Path) -> list[Scan]:
     """
     if is_url(str(source)):
         return Manifest.load(str(source)).scans(fetch=False)
-    source = Path(source)
-    if source.is_file():
-        with open(source, encoding="utf-8", errors="replace") as file:
-            if '"alice-manifest' in file.read(4096):
-                return Manifest.load(source).scans(fetch=False)
-    return list_scans(source)
+    return Manifest.load(source).scans(fetch=False) if is_manifest(source) else list_scans(source)
 
 
 def _place(setting: Any) -> str | Path:

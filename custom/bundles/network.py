@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from custom.errors import AliceError
+from custom.files import read_json
 from custom.transfer.encoder_weights import WeightsError, sha256_of
 
 _CONFIGS = ("inference.json", "inference.yaml", "inference.yml")
@@ -78,7 +78,7 @@ def read_bundle(
         )
     about: dict[str, Any] = {}
     if (meta := folder / "configs" / "metadata.json").is_file():
-        about = json.loads(meta.read_text(encoding="utf-8"))
+        about = read_json(meta, error=BundleError)
     formats = about.get("network_data_format", {})
     channels = formats.get("inputs", {}).get("image", {}).get("num_channels", 1)
     path = Path(weights) if weights else _own_weights(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import fsspec
 
 from custom.data.errors import StoreError
-from custom.files import replacing
+from custom.files import is_plain_name, replacing, stays_inside
 
 CACHE = ".cache/alice/stores"  # in the home folder; the default place for copies
 
@@ -44,8 +44,13 @@ class RemoteFolder:
             refresh: fetch it even if there is a copy.
 
         Raises:
-            StoreError: if the file does not exist, or cannot be fetched.
+            StoreError: if the file does not exist, cannot be fetched, or its copy would lie outside of the folder.
         """
+        if not stays_inside(name) or not is_plain_name(version[:16] or "none"):
+            raise StoreError(
+                f"{self.url}: names a file {name!r} of version {version[:16]!r}, which leads out of the folder for "
+                "copies. Nothing was fetched; ask whoever made it for another copy."
+            )
         local = self.folder / (f"{version[:16]}/{name}" if version else name)
         if local.is_file() and not refresh:
             return local

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable
@@ -12,13 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from custom.data.errors import ScanError
+from custom.data.folder_walk import IMAGE_SUFFIXES, passed_over, scan_files
 from custom.data.formats.open_scan import open_scan
 from custom.data.formats.reasons import Fault, Reason
+from custom.files import is_plain_name, path_in, read_json
 
 logger = logging.getLogger(__name__)
 
 NO_AIR_HU = -200  # a scan with no value below this shows no air (ours)
-IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 _LABEL_NAME = re.compile(r"(^|[_\-. ])(labels?|seg|segmentation|mask)$|^label\d+$", re.IGNORECASE)
 _LABEL_FOLDER = re.compile(r"^(labels?|masks?|seg(mentation)?s?)(tr|ts|va)?$", re.IGNORECASE)
 _IMAGE_TAIL = re.compile(r"([_\-](ct|image|img|\d{4}))$", re.IGNORECASE)
@@ -28,7 +28,11 @@ TCGA_BARCODE = re.compile(r"TCGA-\w{2}-\w{4}", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan of a datalist."""
+    """One scan of a datalist.
+
+    Raises:
+        ScanError: if its name cannot be that of a file.
+    """
 
     name: str  # unique in its list, and usable as a file name
     image: Path
@@ -36,9 +40,17 @@ class Scan:
     label: Path | None = None
     extra: dict = field(default_factory=dict, compare=False)
 
+    def __post_init__(self) -> None:
+        if not is_plain_name(self.name):
+            raise ScanError(
+                f"{self.image}: the scan is called {self.name!r}, which cannot name a file. Rename it."
+            )
+
 
 def list_scans(source: str | Path, patient_pattern: str | None = None) -> list[Scan]:
     """Scans of a folder (searched recursively) or of a datalist JSON, in a fixed order.
+
+    Hidden files and ``__MACOSX`` are passed over. DICOM and images of other formats are passed over with a warning.
 
     A file is a label, and is paired with its image, if its name ends in ``_label``, ``_seg`` or ``_mask``, or if its
     folder is called ``labels``, ``labelsTr`` and the like. A datalist is in MONAI's or the MSD's format: a list of
@@ -56,11 +68,14 @@ def list_scans(source: str | Path, patient_pattern: str | None = None) -> list[S
     """
     source = Path(source).expanduser()
     if source.is_dir():
-        records = _folder_records(source)
+        records, others = _folder_records(source), passed_over(source)
         if not records:
+            seen = f" There are {'; '.join(others)}." if others else ""
             raise ScanError(
-                f"{source}: no scan found ({', '.join(IMAGE_SUFFIXES)}). Point dataset_dir at your scans."
+                f"{source}: no scan found ({', '.join(IMAGE_SUFFIXES)}). Point dataset_dir at your scans.{seen}"
             )
+        for sentence in others:
+            logger.warning("%s: passed over %s.", source, sentence)
     elif source.is_file():
         records = _datalist_records(source)
         if not records:
@@ -73,7 +88,7 @@ def list_scans(source: str | Path, patient_pattern: str | None = None) -> list[S
 
 
 def _folder_records(folder: Path) -> list[dict]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name.lower().endswith(IMAGE_SUFFIXES))
+    files = scan_files(folder)
     labels = {pair_key(p): p for p in files if is_label(p)}
     records = []
     for image in (p for p in files if not is_label(p)):
@@ -104,12 +119,9 @@ def pair_key(path: Path, cut_tail: bool = False) -> tuple[str, str]:
 
 
 def _datalist_records(path: Path) -> list[dict]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ScanError(
-            f"{path}: not readable as JSON ({error}). A datalist is a JSON list of images."
-        ) from error
+    content = read_json(path, error=ScanError, advice="A datalist is a JSON list of images.")
+    if not isinstance(content, list | dict):
+        raise ScanError(f"{path}: holds {str(content)[:20]!r}. A datalist is a JSON list of images.")
     groups = [content] if isinstance(content, list) else [v for v in content.values() if isinstance(v, list)]
     records = []
     for entry in (e for group in groups for e in group):
@@ -119,7 +131,7 @@ def _datalist_records(path: Path) -> list[dict]:
         record = dict(entry)
         for key in ("image", "label"):
             if isinstance(record.get(key), str):
-                record[key] = path.parent / record[key]
+                record[key] = path_in(path.parent, record[key])
         records.append(record)
     return records
 
@@ -141,7 +153,7 @@ def _to_scans(source: Path, records: Iterable[dict], pattern: str | None) -> lis
             raise ScanError(f"{image}: listed twice (also as {seen[real]}). Remove one from {source}.")
         seen[real] = str(image)
         relative = image.relative_to(source) if source.is_dir() else image
-        short = stem(image)
+        short = stem(image).replace("\\", "_")
         name = short if short not in names else re.sub(r"[^\w.\-]+", "_", str(relative.with_name(short)))
         while name in names:
             name += "_"

@@ -24,7 +24,7 @@ from custom.encoders.masked_vit import MaskedViT
 from custom.encoders.nnformer import NNFormer
 from custom.encoders.positions import resize_positions
 from custom.errors import AliceError
-from custom.files import replacing, write_text
+from custom.files import parse_json, read_json, replacing, write_text
 from custom.landmarks.sam.weights import sha256_of
 
 logger = logging.getLogger(__name__)
@@ -131,21 +131,23 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                metadata = json.loads((file.metadata() or {}).get("alice", "{}"))
+                text = (file.metadata() or {}).get("alice", "{}")
+                metadata = parse_json(text, path, error=WeightsError)
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
             if (beside := path.with_suffix(".json")).is_file():
-                metadata = json.loads(beside.read_text(encoding="utf-8"))
+                metadata = read_json(beside, error=WeightsError, advice="Export the weights again.")
     except (
         SafetensorError,
         RuntimeError,
         EOFError,
         OSError,
         pickle.UnpicklingError,
-        json.JSONDecodeError,
     ) as error:
-        raise WeightsError(f"{path}: not readable as weights ({str(error).splitlines()[0]}).") from error
+        raise WeightsError(
+            f"{path}: not readable as weights ({(str(error) or type(error).__name__).splitlines()[0]})."
+        ) from error
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         kind = (
             "a training checkpoint: use alice export RUN"

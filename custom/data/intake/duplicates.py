@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from custom.data.intake.manifest import Manifest
 from custom.data.intake.scan_record import Job, Rules, ScanRecord
 from custom.data.remote import is_url
 from custom.data.scans import list_scans
+from custom.files import read_json
 
 # 1 - correlation of body hashes. Measured on 86 CTs: two patients differ by at least 0.043. The same scan
 # differs by at most 0.013 after noise of 30 HU, and by at most 0.032 after resampling.
@@ -99,10 +99,7 @@ def _records_of(
         return _images_of(Manifest.load(source), rules)
     source = Path(source)
     if source.is_file():
-        try:
-            content = json.loads(source.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ManifestError(f"{source}: not readable as a manifest or datalist ({error}).") from error
+        content = read_json(source, error=ManifestError, advice="Give a manifest, a datalist or a folder.")
         if isinstance(content, dict) and str(content.get("format", "")).startswith("alice-manifest"):
             return _images_of(Manifest.load(source), rules)
     try:

@@ -165,7 +165,7 @@ def known_records(output: Path | None, manifest: Manifest) -> dict[tuple, list[S
                 rules, path, kind, source_key, records = json.loads(line)
                 if rules == head:
                     known[(path, kind, source_key)] = [record_of(partial, 0, record) for record in records]
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 continue  # the line that was being written when the run was killed
     return known
 

@@ -1,22 +1,17 @@
-"""Walk a folder and list the files to examine, the ones that cannot be read, and the ones to ignore."""
+"""List the files of a folder to examine, the ones that cannot be read, and the ones to ignore."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from custom.data.folder_walk import kind_of, walk
 from custom.data.formats.reasons import Reason
 from custom.data.intake.scan_record import Job, ScanRecord
-from custom.data.scans import IMAGE_SUFFIXES, is_label
-
-_OTHER_SUFFIXES = {".npz", ".npy", ".h5", ".hdf5", ".mat", ".mgz", ".mgh", ".mnc", ".hdr", ".zip", ".tar", ".tgz",
-                   ".7z", ".rar", ".bz2", ".xz", ".zst", ".gz", ".gipl", ".vtk", ".b2nd", ".zarr"}  # fmt: skip
-_DICOM_SUFFIX = re.compile(r"^(\.dcm|\.dicom|\.ima|\.\d*|)$", re.IGNORECASE)  # a UID ends in digits
+from custom.data.scans import is_label
 
 
 def find_files(root: Path, ours: Iterable[Path] = ()) -> tuple[list[Job], list[ScanRecord], dict[str, int]]:
@@ -34,65 +29,36 @@ def find_files(root: Path, ours: Iterable[Path] = ()) -> tuple[list[Job], list[S
     others: Counter[str] = Counter()
     skipped = {path.resolve() for path in ours}
 
-    def problem(path: Path, reason: Reason, kind: str = "other") -> None:
-        record = ScanRecord(path.relative_to(root).as_posix(), "other", kind)
+    def problem(path: Path, reason: Reason) -> None:
+        record = ScanRecord(path.relative_to(root).as_posix(), "other", "other")
         record.add(reason)
         problems.append(record)
 
-    open_folders: deque[tuple[Path, tuple[Path, ...]]] = deque([(root, (root.resolve(),))])
-    visited = {root.resolve()}
-    while open_folders:
-        here, above = open_folders.popleft()
+    for folder in walk(root, others, leave=False):
         slices: list[os.DirEntry] = []
-        try:
-            with os.scandir(here) as entries:
-                listed = sorted(entries, key=lambda entry: entry.name)
-        except OSError:
-            problem(here, Reason.UNREADABLE)
-            continue
-        for entry in listed:
+        for path, reason in folder.problems:
+            problem(path, reason)
+        for entry in folder.files:
             path = Path(entry.path)
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                others["hidden"] += 1
-                continue
+            kind, relative = kind_of(entry.name), path.relative_to(root)
             try:
-                if entry.is_symlink():
-                    target = path.resolve(strict=True)
-                    if not target.is_relative_to(root.resolve()):
-                        problem(path, Reason.LEAVES_FOLDER)
-                        continue
-                if entry.is_dir():
-                    real = path.resolve()
-                    if real in above:
-                        problem(path, Reason.SYMLINK_LOOP)
-                    elif real in visited:
-                        others["linked folder"] += 1
-                    else:
-                        visited.add(real)
-                        open_folders.append((path, (*above, real)))
-                    continue
-                if not entry.is_file():
-                    problem(path, Reason.UNREADABLE)
-                    continue
                 if path.resolve() in skipped:
                     continue
-                name, suffix = entry.name.lower(), path.suffix.lower()
-                if name.endswith(IMAGE_SUFFIXES):
-                    relative = path.relative_to(root)
-                    kind = "label" if is_label(relative) else "file"
-                    jobs.append(Job(root, relative.as_posix(), kind, _key([entry])))
-                elif _DICOM_SUFFIX.match(suffix) or re.search(r"\.\d+$", name):
+                if kind == "scan":
+                    job = "label" if is_label(relative) else "file"
+                    jobs.append(Job(root, relative.as_posix(), job, _key([entry])))
+                elif kind in ("dicom", "maybe dicom"):
+                    entry.stat()
                     slices.append(entry)
-                elif suffix in _OTHER_SUFFIXES:
+                elif kind == "unsupported":
                     problem(path, Reason.UNSUPPORTED)
                 else:
-                    others[suffix or "no suffix"] += 1
-            except (OSError, RuntimeError) as error:  # a link to itself is a RuntimeError before Python 3.13
-                loop = isinstance(error, RuntimeError) or getattr(error, "errno", 0) == errno.ELOOP
-                problem(path, Reason.SYMLINK_LOOP if loop else Reason.UNREADABLE)
+                    others[path.suffix.lower() or "no suffix"] += 1
+            except OSError:
+                problem(path, Reason.UNREADABLE)
         if slices:
             files = tuple(Path(entry.path).relative_to(root).as_posix() for entry in slices)
-            where = here.relative_to(root).as_posix()
+            where = folder.path.relative_to(root).as_posix()
             jobs.append(Job(root, where, "folder", _key(slices), files))
     return jobs, problems, dict(others)
 

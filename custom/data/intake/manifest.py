@@ -21,7 +21,7 @@ from custom.data.formats.voxels import MOST_BYTES
 from custom.data.intake.scan_record import ScanRecord
 from custom.data.remote import RemoteFolder, is_url
 from custom.data.scans import Scan
-from custom.files import write_text
+from custom.files import decoded, is_plain_name, parse_json, read_text, stays_inside, write_text
 
 FORMAT = "alice-manifest-1"
 _PLAIN = {"str": (str,), "str | None": (str,), "float | None": (int, float), "int": (int,)}
@@ -147,16 +147,9 @@ class Manifest:
         if url.startswith(("file://", "local://")):
             path, url = fsspec.core.strip_protocol(url), ""
         path = Path(path) if not url else path
-        try:
-            content = json.loads(_read_url(url) if url else Path(path).read_text(encoding="utf-8"))
-        except ManifestError:
-            raise
-        except OSError as error:
-            raise ManifestError(
-                f"{path}: cannot be read ({error.strerror or type(error).__name__}). Make one: alice scan FOLDER"
-            ) from error
-        except ValueError as error:
-            raise ManifestError(f"{path}: not readable as JSON ({error}). Scan the folder again.") from error
+        make_one = "Make one: alice scan FOLDER"
+        text = _read_url(url, make_one) if url else read_text(path, error=ManifestError, advice=make_one)
+        content = parse_json(text, path, error=ManifestError, advice="Scan the folder again.")
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, dict) else None
             raise ManifestError(
@@ -173,16 +166,28 @@ class Manifest:
         return cls(folder, records, content["rules"], content["others"])
 
 
-def _read_url(url: str) -> str:
+def is_manifest(path: str | Path) -> bool:
+    """Whether a file says at its start that it is a manifest."""
+    if not Path(path).is_file():
+        return False
+    with open(path, "rb") as file:  # UTF-16 has a zero beside every letter
+        return b'"alice-manifest' in file.read(4096).replace(b"\0", b"")
+
+
+def _read_url(url: str, make_one: str) -> str:
     """A small text file at a URL.
 
     Raises:
-        ManifestError: if its protocol needs a package that is not installed, or the server does not answer.
-        OSError: if the file does not exist.
+        ManifestError: if it does not exist, its protocol needs a package that is not installed, or the server does not
+            answer.
     """
     try:
-        with fsspec.open(url, "rt", encoding="utf-8") as file:
-            return file.read()
+        with fsspec.open(url, "rb") as file:
+            return decoded(file.read())
+    except OSError as error:
+        raise ManifestError(
+            f"{url}: cannot be read ({error.strerror or type(error).__name__}). {make_one}"
+        ) from error
     except (ImportError, ValueError) as error:
         raise ManifestError(
             f"{url}: cannot be read ({error}). Install fsspec's package for this protocol, or copy the manifest."
@@ -235,8 +240,11 @@ def record_of(path: str | Path, index: int, entry: Any) -> ScanRecord:
         if key not in entry:
             raise refuse(f"lacks {key!r}")
     for name in [entry["path"], *entry.get("files", []), *([entry["label"]] if "label" in entry else [])]:
-        if not isinstance(name, str) or posixpath.isabs(name) or ".." in name.split("/"):
+        if not stays_inside(name):
             raise refuse(f"has a path that leaves the folder: {name!r}")
+    # a refused file may be called by its whole path; only what is built becomes the name of a file
+    if entry["kind"] == "image" and "id" in entry and not is_plain_name(entry["id"]):
+        raise refuse(f"has an id that cannot name a file: {entry['id']!r}")
     reasons = entry.get("reasons", [])
     if any(code not in [reason.value for reason in Reason] for code in reasons):
         raise refuse("has an unknown reason")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from custom.data.arguments import worker_count
 from custom.data.errors import ScanError, StoreError
-from custom.data.intake.manifest import Manifest
+from custom.data.intake.manifest import Manifest, is_manifest
 from custom.data.remote import is_url
 from custom.data.scans import Scan, list_scans
 from custom.data.store.build_cost import build_cost
@@ -31,7 +31,7 @@ from custom.data.store.volume_store import (
     volume_path,
     write_index,
 )
-from custom.files import sha256_of_file
+from custom.files import read_json, sha256_of_file
 from custom.processes import rank, wait_for_all
 
 logger = logging.getLogger(__name__)
@@ -238,15 +238,19 @@ class _Build:
         for scan in self.scans:
             if scan.name in built:
                 built[scan.name].patient = scan.patient
+        repeated = _repeated(self.scans, built)
+        for name in repeated:
+            del built[name]
         reasons = {name: fault["why"] for name, fault in self.faults.items()}
-        store_text(store / "report.json", json.dumps({"taken": sorted(built), "refused": reasons}, indent=1))
+        report = {"taken": sorted(built), "refused": reasons, "duplicates": repeated}
+        store_text(store / "report.json", json.dumps(report, indent=1))
         self.refuse()
         if not built:
             raise ScanError(f"{store}: no usable scan among {len(self.scans)}. See {store / 'report.json'}.")
         extra = {"patient_pattern": self.patient_pattern, "refused": self.faults}
         write_index(store, self.settings, built, extra)
         (store / _SETTINGS).unlink(missing_ok=True)
-        for why in reasons.values():
+        for why in [*reasons.values(), *repeated.values()]:
             logger.warning("Skipped: %s", why)
 
 
@@ -256,7 +260,7 @@ def _listed(source: str | Path, patient_pattern: str | None) -> tuple[list[Scan]
         manifest = Manifest.load(source)
     else:
         path = Path(source).expanduser()
-        if not path.is_file() or b'"alice-manifest' not in path.open("rb").read(4096):
+        if not is_manifest(path):
             return list_scans(path, patient_pattern), None
         manifest = Manifest.load(path)
     return manifest.scans(), str(manifest.rules.get("profile", "ct"))
@@ -265,7 +269,7 @@ def _listed(source: str | Path, patient_pattern: str | None) -> tuple[list[Scan]
 def _begun(store: Path) -> dict[str, Any] | None:
     """Settings of a build that was not finished."""
     path = store / _SETTINGS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path, error=StoreError, advice="Delete it and build again.") if path.is_file() else None
 
 
 def _existing(store: Path, settings: dict, scans: Sequence[Scan]) -> dict[str, VolumeRecord]:
@@ -274,10 +278,28 @@ def _existing(store: Path, settings: dict, scans: Sequence[Scan]) -> dict[str, V
     for scan in scans:
         path = record_path(store, scan.name)
         if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content.pop("settings") == settings:
-                records[scan.name] = VolumeRecord(**content)
+            content = read_json(path, error=StoreError, advice="Delete it and build again.")
+            try:
+                if content.pop("settings") == settings:
+                    records[scan.name] = VolumeRecord(**content)
+            except (AttributeError, KeyError, TypeError) as error:
+                raise StoreError(
+                    f"{path}: not a volume's record ({error}). Delete it and build again."
+                ) from error
     return records
+
+
+def _repeated(scans: Sequence[Scan], built: dict[str, VolumeRecord]) -> dict[str, str]:
+    """Scans that hold the same voxels as another: name -> what to say. As in ``alice scan``, one with a label stays, else the first."""
+    order = sorted((scan for scan in scans if scan.name in built), key=lambda scan: scan.label is None)
+    first: dict[tuple, Scan] = {}
+    repeated = {}
+    for scan in order:
+        record = built[scan.name]
+        kept = first.setdefault((record.voxels_sha256, *record.shape), scan)
+        if kept is not scan:
+            repeated[scan.name] = f"{scan.image}: the same voxels as {kept.image}. It is left out."
+    return repeated
 
 
 def _same_file(fault: dict, name: str, scans: Sequence[Scan]) -> bool:

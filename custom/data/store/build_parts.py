@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from custom.data.errors import StoreError
 from custom.data.scans import Scan
 from custom.data.store.volume_store import store_text
 from custom.errors import AliceError
+from custom.files import read_json
 
 
 def share(scans: Sequence[Scan], part: str | None) -> list[Scan]:
@@ -46,6 +48,6 @@ def save_faults(store: Path, part: str, faults: dict[str, dict[str, Any]]) -> No
 def faults_of_parts(store: Path) -> dict[str, dict[str, Any]]:
     """Unusable scans of all parts: name -> the reason, and the size and time of its file then."""
     faults: dict[str, dict[str, Any]] = {}
-    for path in sorted((store / "parts").glob("*-of-*.json")):
-        faults |= json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((store / "parts").glob("[0-9]*-of-*.json")):
+        faults |= read_json(path, error=StoreError, advice="Delete it, and build this part again.")
     return faults

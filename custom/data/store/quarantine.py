@@ -13,7 +13,7 @@ from ignite.engine import Events
 
 from custom.data.errors import DamagedScan, StoreError
 from custom.errors import AliceError
-from custom.files import write_text
+from custom.files import read_json, write_text
 from custom.processes import names_of_all, rank
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class QuarantineLog:
 
     def _start(self, engine: Any) -> None:
         if self.path.is_file():  # this run continues an earlier one
-            self._told = list(json.loads(self.path.read_text(encoding="utf-8"))["scans"])
+            self._told = list(read_json(self.path, advice="Delete it to go on.")["scans"])
 
     def _look(self, engine: Any) -> None:
         met = names_of_all(self.quarantine.names)

@@ -18,7 +18,7 @@ from custom.data.grid.profiles import PROFILES, profile_of, window_of
 from custom.data.remote import RemoteFolder, is_url
 from custom.data.store.chunked_array import CHUNK, MAKE_ROOM, ChunkedArray
 from custom.errors import AliceError
-from custom.files import write_text
+from custom.files import is_plain_name, read_json, write_text
 
 FORMAT = "alice-store-3"
 
@@ -267,8 +267,21 @@ class VolumeStore:
 
 
 def volume_path(store: Path, name: str, kind: str) -> Path:
-    """The file of a volume's ``hu``, ``label`` or ``body``."""
+    """The file of a volume's ``hu``, ``label`` or ``body``; errors as :func:`require_plain_name`."""
+    require_plain_name(store, name)
     return store / "volumes" / f"{name}.{kind}.b2nd"
+
+
+def require_plain_name(store: Path, name: object) -> None:
+    """Refuse a volume whose files would lie outside of the store.
+
+    Raises:
+        StoreError: naming the volume.
+    """
+    if not is_plain_name(name):
+        raise StoreError(
+            f"{store}: a volume is called {name!r}, which cannot name a file in the store. Build the store again."
+        )
 
 
 def read_index(store: Path) -> dict[str, Any]:
@@ -282,16 +295,20 @@ def read_index(store: Path) -> dict[str, Any]:
         raise StoreError(
             f"{store}: no store here (index.json is missing). Make one: alice build SCANS {store}"
         )
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise StoreError(f"{path}: unreadable ({error}). Delete the store and build it again.") from error
+    index = read_json(
+        path, error=StoreError, advice="Delete it and build the store again; finished volumes are kept."
+    )
     found = index.get("format") if isinstance(index, dict) else None
     if found != FORMAT:
         raise StoreError(
             f"{path}: format {found!r}, this version reads {FORMAT!r}. Delete the store and build it again."
         )
-    profile_of(index["settings"]["profile"])
+    settings, volumes = index.get("settings"), index.get("volumes")
+    if not isinstance(settings, dict) or not isinstance(volumes, dict):
+        raise StoreError(f"{path}: lacks its settings or volumes. Delete the store and build it again.")
+    profile_of(settings.get("profile"))
+    for name in volumes:
+        require_plain_name(store, name)
     return index
 
 

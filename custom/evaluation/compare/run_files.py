@@ -12,6 +12,7 @@ from custom.errors import AliceError
 from custom.evaluation.scores.csv_rows import read_rows
 from custom.evaluation.statistics.paired_rows import Pair, Row, key_of
 from custom.evaluation.statistics.per_organ import merge_folds
+from custom.files import read_text
 
 _NAMED = {
     key: re.compile(rf"(?:^|[/\\_\-.]){key}[_\-]?(\d+)(?!\d)", re.IGNORECASE) for key in ("fold", "seed")
@@ -94,8 +95,10 @@ def _listed(keys: Iterable[Pair]) -> str:
 
 
 def _is_score_file(path: Path) -> bool:
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        return {"case", "organ"} <= set(next(csv.reader(file), []))
+    try:
+        return {"case", "organ"} <= set(next(csv.reader(read_text(path).splitlines()), []))
+    except (AliceError, csv.Error):
+        return False
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from custom.data.errors import ScanError
-from custom.data.scans import IMAGE_SUFFIXES, is_label, list_scans, read_volume, stem
+from custom.data.folder_walk import IMAGE_SUFFIXES, scan_files
+from custom.data.scans import is_label, list_scans, read_volume, stem
 from custom.errors import AliceError
+from custom.files import read_json
 
 # what MONAI's SaveImaged, challenges and people add to a case's name
 _POSTFIX = re.compile(r"[_\-.](trans|seg|segmentation|pred|prediction|labels?|mask)$", re.IGNORECASE)
@@ -175,9 +176,9 @@ def with_folds(references: Sequence[Reference], split: str | Path) -> list[Refer
         ValueError: if the file is not such a split, or a case is in none of its folds or in two.
     """
     try:
-        folds = json.loads(Path(split).read_text(encoding="utf-8"))["folds"]
+        folds = read_json(split, advice="Give a bundle's folds.json.")["folds"]
         listed = [(str(case), fold) for fold, cases in enumerate(folds) for case in cases]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise AliceError(f'{split}: not a split, {{"folds": [[case, ...], ...]}} ({error!r}).') from error
     home = dict(listed)
     if twice := sorted(case for case, fold in listed if home[case] != fold):
@@ -206,7 +207,7 @@ def _files(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise ScanError(f"{source}: no such file or folder.")
-    return sorted(p for p in source.rglob("*") if p.is_file() and p.name.lower().endswith(IMAGE_SUFFIXES))
+    return scan_files(source)
 
 
 def _refuse_doubles(pairs: Iterable[tuple[str, Path]]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from custom.errors import AliceError
-from custom.files import write_text
+from custom.files import read_text, write_text
 
 _NUMBERS: dict[str, type] = dict.fromkeys(("label", "fold", "seed"), int) | dict.fromkeys(
     ("dsc", "nsd", "hd95", "reference_ml", "prediction_ml"), float
@@ -45,7 +45,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             or too many values.
     """
     rows = []
-    with open(path, encoding="utf-8", newline="") as file:
+    with io.StringIO(read_text(path), newline="") as file:
         reader = csv.DictReader(file)
         for row in reader:
             if None in row or None in row.values():

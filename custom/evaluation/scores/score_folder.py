@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from custom.evaluation.scores.metrics import case_rows
 from custom.evaluation.scores.rules import BTCV, FLARE22, ScoringRule, plain_rule
 from custom.evaluation.statistics.markdown import summary_markdown
 from custom.evaluation.statistics.per_organ import summarise
+from custom.files import read_json, read_text
 
 RULES = {"flare22": FLARE22, "btcv": BTCV}
 PLAIN_TOLERANCE_MM = 2.0  # between FLARE22's strictest organs and its usual ones (ours)
@@ -94,7 +94,7 @@ def read_cases(cases: str | Sequence[Any] | None) -> list[str] | None:
     if cases is None:
         return None
     if isinstance(cases, str) and Path(cases).is_file():
-        listed = Path(cases).read_text(encoding="utf-8").split()
+        listed = read_text(cases).split()
     else:
         listed = cases.split(",") if isinstance(cases, str) else [str(case) for case in cases]
     named = [case.strip() for case in listed if case.strip()]
@@ -223,11 +223,11 @@ def _organ_names(organs: Sequence[str] | str) -> tuple[str, ...]:
     if not organs.endswith(".json"):
         return tuple(organ.strip() for organ in organs.split(","))
     try:
-        channels: Mapping[str, str] = json.loads(Path(organs).read_text(encoding="utf-8"))[
-            "network_data_format"
-        ]["outputs"]["pred"]["channel_def"]
+        channels: Mapping[str, str] = read_json(organs)["network_data_format"]["outputs"]["pred"][
+            "channel_def"
+        ]
         return tuple(channels[str(label)] for label in range(1, len(channels)))
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise AliceError(
             f"{organs}: not the metadata.json of a bundle with network_data_format.outputs.pred.channel_def ({error!r})."
         ) from error

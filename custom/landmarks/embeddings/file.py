@@ -238,14 +238,9 @@ def read_header(path: Path) -> tuple[EmbeddingHeader, dict[str, tuple[Any, tuple
         end = max(int(entry["data_offsets"][1]) for entry in table.values())
         right_types = all(entry["dtype"] == _SECTIONS.get(key) for key, entry in table.items())
         right_types = right_types and 1 <= header.alternate <= table["blocks"]["shape"][0]
-    except (
-        AttributeError,
-        IndexError,
-        KeyError,
-        TypeError,
-        UnicodeDecodeError,
-        json.JSONDecodeError,
-    ) as error:
+    except EmbeddingError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise EmbeddingError(
             f"{path}: no embedding, or damaged ({error}). Delete it and embed again."
         ) from error

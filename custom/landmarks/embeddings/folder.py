@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from custom.data.folder_walk import is_passed_over
 from custom.data.store.volume_store import VolumeStore
-from custom.files import write_text
+from custom.files import is_plain_name, read_json, write_text
 from custom.landmarks.embeddings.file import FORMAT, EmbeddingError
 from custom.landmarks.embeddings.stored import StoredEmbedding
 
@@ -57,8 +58,8 @@ class EmbeddingFolder:
     @property
     def names(self) -> list[str]:
         """All scans in the folder, sorted."""
-        found = self.path.rglob(f"*{SUFFIX}")
-        return sorted(p.relative_to(self.path).as_posix().removesuffix(SUFFIX) for p in found)
+        found = [p.name.removesuffix(SUFFIX) for p in self.path.glob(f"*{SUFFIX}")]
+        return sorted(name for name in found if not is_passed_over(name))
 
     def require(self, store: VolumeStore, names: Sequence[str] | None = None) -> None:
         """Refuse embeddings that are missing or were made from other scans.
@@ -113,7 +114,15 @@ class EmbeddingFolder:
 
 
 def embedding_path(folder: Path, name: str) -> Path:
-    """The file of a scan's embeddings."""
+    """The file of a scan's embeddings.
+
+    Raises:
+        EmbeddingError: if the scan's name would lead out of the folder.
+    """
+    if not is_plain_name(name):
+        raise EmbeddingError(
+            f"{folder}: a scan is called {name!r}, which cannot name a file there. Rename it."
+        )
     return folder / f"{name}{SUFFIX}"
 
 
@@ -124,10 +133,9 @@ def read_folder_index(folder: Path) -> dict[str, Any]:
         raise EmbeddingError(
             f"{folder}: no embeddings here ({INDEX} is missing). Make them: alice embed STORE {folder}"
         )
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise EmbeddingError(f"{path}: unreadable ({error}). Delete the folder and embed again.") from error
+    index = read_json(path, error=EmbeddingError, advice="Delete the folder and embed again.")
+    if not isinstance(index, dict):
+        raise EmbeddingError(f"{path}: holds no index. Delete the folder and embed again.")
     if index.get("format") != FORMAT or "profile" not in index:
         raise EmbeddingError(
             f"{path}: format {index.get('format')!r}, profile {index.get('profile')!r}; this version reads {FORMAT!r} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -17,6 +18,7 @@ from custom.data.phantom.cohort import read_canonical
 from custom.data.phantom.correspondence import find_places
 from custom.data.store.volume_store import VolumeStore
 from custom.errors import AliceError
+from custom.files import read_text
 from custom.landmarks.quality.known_warp import Warp
 from custom.landmarks.training.places import phantom_image
 from custom.space import to_voxels
@@ -81,7 +83,7 @@ def read_landmarks(path: str | Path) -> dict[str, dict[str, NDArray[np.float64]]
         ValueError: naming the line that cannot be read.
     """
     found: dict[str, dict[str, NDArray[np.float64]]] = {}
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with io.StringIO(read_text(path), newline="") as file:
         reader = csv.DictReader(file)
         missing = {"scan", "landmark", "x", "y", "z"} - set(reader.fieldnames or [])
         if missing:

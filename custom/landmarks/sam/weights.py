@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from custom.errors import AliceError
-from custom.files import replacing
+from custom.files import parse_json, replacing
 from custom.landmarks.sam.network import SAM
 from custom.landmarks.sam.scan_grid import HU_RANGE, SPACING_MM
 
@@ -179,11 +179,11 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, T
         )
     try:
         with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            metadata = parse_json((file.metadata() or {}).get(KEY, "{}"), path)
             state = {key: file.get_tensor(key) for key in file.keys()} if tensors else {}  # noqa: SIM118 - no dict
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError) as error:
         raise AliceError(
-            f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})."
+            f"{path}: not a readable safetensors file ({(str(error) or type(error).__name__).splitlines()[0]})."
         ) from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         found = metadata.get("format") if isinstance(metadata, dict) else None
