@@ -1,6 +1,6 @@
 """A random crop from the store against decoding the whole file, and what the store costs on disk.
 
-    OMP_NUM_THREADS=1 python benchmarks/data_loading.py --data ../shared/data --repeats 9 --json loading.json
+    OMP_NUM_THREADS=1 python benchmarks/data_loading.py --data SCANS --repeats 9 --json loading.json
 
 Ways: ``store`` is VolumeStore.read_crop; ``nibabel`` loads the .nii.gz and cuts; ``persistent`` is MONAI's
 PersistentDataset (track_meta, its cache on disk) with a crop behind it. All three hold the same voxels, int16 on the

@@ -24,11 +24,16 @@ def imports():
     for path in (REPO / "custom").rglob("*.py"):
         name = ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        found[name] = {
-            n.module
-            for n in nodes
-            if isinstance(n, ast.ImportFrom) and n.module and n.module.startswith("custom")
-        }
+        targets = set()
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{name}: relative import"
+                whole = node.module == "custom"  # `from custom import x` is the module custom.x
+                names = {f"custom.{a.name}" for a in node.names if not a.name.startswith("_")}
+                targets |= names if whole else {node.module or ""}
+        found[name] = {target for target in targets if target.split(".")[0] == "custom"}
     return found
 
 

@@ -11,6 +11,7 @@ from custom.encoders.tokens import token_encoder
 from custom.engine.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from custom.engine.loader import sample_loader
 from custom.engine.monitors import Monitors
+from custom.engine.profile import StepProfile
 from custom.engine.run_log import read_log
 from custom.engine.schedules import decay_groups
 from custom.engine.trainer import PretrainTrainer, Schedule
@@ -170,8 +171,18 @@ def test_checkpoints_of_before_the_engine_are_refused_in_one_line(store, tmp_pat
 
 
 def test_unknown_methods_are_named():
-    with pytest.raises(ValueError, match="Method 'x' is unknown here; there are alice, mae"):
+    with pytest.raises(ValueError, match="Method 'x' .* unknown here.* alice, mae"):
         build_student("x", torch.nn.Identity(), {})
+    with pytest.raises(ValueError, match=r"Method 'sam' .* model\.safetensors"):
+        build_student("sam", torch.nn.Identity(), {})
+
+
+def test_a_profile_shows_sections_of_a_methods_own(store, tmp_path):
+    profile, method = StepProfile(skip=0), mae()
+    method.timed = lambda: {"mine": [method.student.decoder]}
+    trainer(method, store, tmp_path, steps=2, handlers=[profile]).run()
+    assert profile.shares()["mine"][0] > 0
+    assert sum(share for _, share in profile.shares().values()) == pytest.approx(1)
 
 
 def test_one_crop_lies_in_its_volume_and_is_a_function_of_its_number(store):
@@ -190,8 +201,8 @@ def test_the_engine_names_no_method():
     parts = re.compile(
         r"l_r\b|l_dv|l_st\b|student_pooled|CASA|casa|crop_q|crop_k|hidden_q|patient_q|\bMae\b|\bAlice\b(?!')"
     )
-    for room in ("engine", "cli", "bundles"):
-        for path in (REPO / "custom" / room).rglob("*.py"):
+    for room in (REPO / "custom").iterdir():
+        for path in () if room.name == "methods" else room.rglob("*.py"):
             code = re.sub(
                 r'""".*?"""|#[^\n]*|"[^"\n]*`[^"\n]*"', "", path.read_text(encoding="utf-8"), flags=re.S
             )

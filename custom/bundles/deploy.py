@@ -262,7 +262,7 @@ def _write_openvino(
 
 @contextlib.contextmanager
 def _unreported() -> Iterator[None]:
-    """``openvino.convert_model`` reports its use to its makers, but not where CI is said to run it."""
+    """``openvino.convert_model`` sends usage statistics unless the variable ``CI`` is set."""
     before = os.environ.get("CI")
     os.environ["CI"] = "true"
     try:

@@ -75,7 +75,7 @@ class Estimate:
 
 
 class MadeUpStore:
-    """Two patients of noise in the shape of a store's volumes: for steps where no store is built yet.
+    """Four patients of noise in the shape of a store's volumes: for steps where no store is built yet.
 
     Args:
         spacing: mm along x, y, z.

@@ -84,13 +84,13 @@ def calibrate(
 
     Args:
         store: of alice build.
-        embeddings: of alice embed; the score is kept with them,
+        embeddings: of alice embed; the score is written there.
         held_back: regular expression on the names of the scans to use.
-        weights: and noted in this .safetensors, if it is given.
+        weights: a .safetensors to write the score to as well.
         pairs: ordered pairs of scans.
-        points: in each of them.
-        reach_mm: how far from its start a match may come back.
-        share: of the matches of any score above it that must come back so near.
+        points: per pair.
+        reach_mm: how far from its start a match may come back, in mm.
+        share: how many of the matches above the score must come back so near.
         seed: of the draws.
     """
     from custom.data.store.volume_store import VolumeStore

@@ -103,7 +103,7 @@ def picture(run: str, to: str = "picture.png") -> None:
     from custom.engine.run_log import read_log
     from custom.landmarks.aligners.simple import CoordinateAligner
     from custom.methods.pairs import AlignedPair
-    from custom.methods.picture import run_picture
+    from custom.methods.picture import predicts_raw, run_picture
     from custom.methods.run_folder import load_run
     from custom.methods.views import Masking
 
@@ -122,8 +122,8 @@ def picture(run: str, to: str = "picture.png") -> None:
     units = loaded.student.encoder.units(tuple(summary["crop_size"]))
     hidden = Masking(**summary["masking"])(torch.tensor([0]), units)
     crops = pair["crop_q"][None], pair["crop_k"][None]
-    raw = summary.get("loss", {}).get("reconstruction") == "raw"
-    figure = run_picture(loaded.student, read_log(loaded.folder), summary["terms"], *crops, hidden, raw)
+    log, raw = read_log(loaded.folder), predicts_raw(summary)
+    figure = run_picture(loaded.student, log, summary["terms"], *crops, hidden, raw)
     figure.suptitle(
         f"{summary['network_type']} after {loaded.iteration} of {summary['iterations']} iterations, {summary['scans']} scans"
     )

@@ -1,1 +1,1 @@
-"""From scans to a chunked store, to aligned pairs of crops, to views."""
+"""From scans to a chunked store."""

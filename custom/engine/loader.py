@@ -76,7 +76,7 @@ def sample_loader(
 
 @atexit.register
 def _end_workers() -> None:
-    """End loader workers that are left, before Python waits for them: they do not hear its signal to end."""
+    """Kill loader workers that are still alive at exit. They ignore SIGTERM, so Python would wait for them forever."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

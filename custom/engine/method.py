@@ -12,7 +12,7 @@ from custom.encoders.tokens import TokenEncoder
 
 
 class Student(nn.Module):
-    """A network that is trained around an encoder, which is what remains of it.
+    """A network to train. It contains an encoder; after training only the encoder is kept.
 
     Attributes:
         encoder: gives tokens of a crop.

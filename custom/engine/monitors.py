@@ -112,7 +112,7 @@ class Monitors:
         if self.teacher and values["std_teacher"] < ALARM_STD and values["rank_teacher"] < 2:
             logger.warning(
                 "Step %d: the teacher's vectors collapse (spread %.3f of a healthy 1, effective rank %.1f). "
-                "Use a predictor, raise the weight of reconstruction, or lower learning_rate.",
+                "Crops are told apart by little. Lower learning_rate, or raise the weight of a term that tells them apart.",
                 engine.state.iteration,
                 values["std_teacher"],
                 values["rank_teacher"],

@@ -56,7 +56,8 @@ class StepProfile:
     def shares(self) -> dict[str, tuple[float, float]]:
         """Section -> (milliseconds a step, share of the step)."""
         whole = sum(self.seconds.values()) or 1.0
-        return {n: (1e3 * self.seconds[n] / max(self.steps, 1), self.seconds[n] / whole) for n in SECTIONS}
+        names = (*SECTIONS, *(n for n in self.seconds if n not in SECTIONS))
+        return {n: (1e3 * self.seconds[n] / max(self.steps, 1), self.seconds[n] / whole) for n in names}
 
     def _time_module(self, module: nn.Module, name: str) -> None:
         started: list[float] = []

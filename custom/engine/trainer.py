@@ -345,7 +345,7 @@ class PretrainTrainer(Trainer):
         return nn.utils.clip_grad_norm_(parameters, self.clip)
 
     def flush(self) -> dict[str, float]:
-        """Fetch the last step's values and judge them; in the loop a step late on a GPU, so that it is not waited for.
+        """Fetch the last step's values and check that they are finite. On a GPU the loop does this one step later, so it does not wait.
 
         Raises:
             NonFiniteLoss: naming the terms and the scans.

@@ -203,7 +203,7 @@ class AlignedPair(Draws):
         )
 
     def _fault(self, place: Placement) -> int:
-        """Why to draw again, 0 for a good pair: voxels by which the crops leave their volumes, beyond what a small volume makes unavoidable."""
+        """How many voxels the crops lie outside their volumes; 0 is a good pair. What a too small volume makes unavoidable does not count."""
         total = 0
         for name, start in ((place.scan_q, place.start_q), (place.scan_k, place.start_k)):
             shape = np.array(self.store.shape(name))

@@ -16,6 +16,11 @@ from custom.encoders.patches import patchify, unpatchify
 from custom.methods.terms import RAW_MEAN, RAW_SPREAD
 
 
+def predicts_raw(summary: dict[str, Any]) -> bool:
+    """Whether a run's decoder predicts raw patches, not normalised ones."""
+    return bool(summary.get("loss", {}).get("reconstruction") == "raw")
+
+
 @torch.no_grad()
 def reconstruction(student: Any, crop: Tensor, hidden: Tensor, raw: bool = False) -> tuple[Tensor, Tensor]:
     """What the student sees of a crop, and how it fills in the rest.

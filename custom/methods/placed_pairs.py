@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,10 @@ import torch
 
 from custom.data.store.volume_store import VolumeStore
 from custom.errors import AliceError
-from custom.landmarks.aligners.protocol import Aligner
+from custom.landmarks.aligners.protocol import Aligner, Map, MapAligner
 from custom.methods.pairs import AlignedPair, Placement
 from custom.space import to_voxels, to_world
 
-Map = Callable[[np.ndarray], np.ndarray]  # (n, 3) mm of one scan -> (n, 3) mm of another
 _ITERATIONS, _INVERTED_MM = 6, 1.0  # of the inversion of a map, and how exact it must be
 
 
@@ -56,6 +55,7 @@ class PlacedPair(AlignedPair):
         grid = self.crop_size // self.patch
         cells = np.stack(np.meshgrid(*[np.arange(g) for g in grid], indexing="ij"), axis=-1)
         self._grid = tuple(int(g) for g in grid)
+        self._latest: tuple[Any, tuple[np.ndarray, np.ndarray]] | None = None
         self._centres = (cells.reshape(-1, 3) + 0.5) * self.patch - 0.5  # voxels of the crop
 
     def summary(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class PlacedPair(AlignedPair):
 
     def _item(self, index: int, without: tuple[str, ...]) -> dict[str, Any]:
         place = self.place(index, without)
-        place_q, place_k = self.places(place)
+        place_q, place_k = self._places_of(place)
         item = self._pair(index, place, without)
         return item | {
             "place_q": torch.from_numpy(place_q.astype(np.float32)),
@@ -99,11 +99,17 @@ class PlacedPair(AlignedPair):
         k_in_q[_folded(k_in_q, world_k, self._grid)] = np.nan
         return self._in_crop(q_in_k, affine_k, place.start_k), self._in_crop(k_in_q, affine_q, place.start_q)
 
+    def _places_of(self, place: Placement) -> tuple[np.ndarray, np.ndarray]:
+        """The same; the map of the pair looked at last is not asked twice."""
+        key = (place.scan_q, place.scan_k, *map(bytes, place[2:6]))
+        if self._latest is None or self._latest[0] != key:
+            self._latest = key, self.places(place)
+        return self._latest[1]
+
     def _map(self, place: Placement) -> Map | None:
-        if place.scan_q == place.scan_k or not hasattr(self.aligner, "map_of"):
+        if place.scan_q == place.scan_k or not isinstance(self.aligner, MapAligner):
             return None
-        found: Map | None = self.aligner.map_of(place.scan_q, place.point_q, place.scan_k)
-        return found
+        return self.aligner.map_of(place.scan_q, place.point_q, place.scan_k)
 
     def _in_crop(self, world: np.ndarray, affine: np.ndarray, start: np.ndarray) -> np.ndarray:
         # a voxel's centre is half a voxel from the corner
@@ -133,9 +139,9 @@ class PlacedPair(AlignedPair):
         return Placement(query, key, point_q, point_k, start_q, start_k, float(score), redraws, 0, fallback)
 
     def _fault(self, place: Placement) -> int:
-        """Tokens that are missing to ``min_overlap``."""
+        """How many more tokens need a place in the other crop to reach ``min_overlap``."""
         sides = self.crop_size * np.array(self.store.spacing)
-        inside = [np.all((p >= 0) & (p <= sides), axis=1).sum() for p in self.places(place)]
+        inside = [np.all((p >= 0) & (p <= sides), axis=1).sum() for p in self._places_of(place)]
         wanted = int(np.ceil(self.min_overlap * len(self._centres)))
         return int(max(0, wanted - min(inside)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,20 @@ METHODS = {
 }
 
 
+def method_module(name: str) -> ModuleType:
+    """The module of a method whose runs hold an encoder.
+
+    Raises:
+        AliceError: naming the methods there are.
+    """
+    if name not in METHODS:
+        why = "a SAM run's network is its model.safetensors" if name == "sam" else "it is unknown here"
+        raise AliceError(
+            f"Method {name!r} has no encoder for this command ({why}). Methods that have one: {', '.join(METHODS)}."
+        )
+    return importlib.import_module(METHODS[name])
+
+
 def build_student(name: str, network: nn.Module, settings: dict[str, Any]) -> Student:
     """The student of a method around an encoder's network.
 
@@ -28,8 +43,5 @@ def build_student(name: str, network: nn.Module, settings: dict[str, Any]) -> St
     Raises:
         AliceError: naming the methods there are.
     """
-    if name not in METHODS:
-        raise AliceError(f"Method {name!r} is unknown here; there are {', '.join(METHODS)}.")
-    module = importlib.import_module(METHODS[name])
-    student: Student = module.build_student(network, dict(settings))
+    student: Student = method_module(name).build_student(network, dict(settings))
     return student

@@ -12,7 +12,7 @@ from torch import nn
 from custom.data.store.volume_store import VolumeStore
 from custom.engine.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from custom.engine.method import Student
-from custom.methods.registry import build_student
+from custom.methods.registry import build_student, method_module
 from custom.methods.split import digest_of_names
 from custom.transfer.encoder_weights import build_encoder
 
@@ -81,6 +81,7 @@ def load_run(folder: str | Path) -> Run:
         )
     content = load_checkpoint(path)
     summary = content["summary"]
+    method_module(summary["method"])  # before the network is built: a method may have none of ours
     if "student" not in summary:
         raise CheckpointError(f"{path}: its summary does not say how the student is built.")
     student = build_student(summary["method"], build_encoder(summary), summary["student"])

@@ -169,7 +169,7 @@ _STREAMS = {"mask": 0x5DEECE66D, "view": 0x1B873593, "noise": 0x2545F4914F}
 
 
 def generator_of(seed: int, stream: str) -> torch.Generator:
-    """The CPU generator of one sample, apart for masks and views."""
+    """The CPU generator of one sample. Masks, views and noise each have their own."""
     return torch.Generator().manual_seed(seed ^ _STREAMS[stream])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class Aligner(Protocol):
         ...
 
 
+@runtime_checkable
 class MapAligner(Aligner, Protocol):
     """An aligner that maps all points near an aligned one, not only that one."""
 

@@ -76,13 +76,13 @@ class SamTraining(Method):
         return self
 
     def wrapped(self, device: torch.device) -> nn.Module:
-        """DDP; its buffers are broadcast, for batch norm on CPUs is each process's own."""
+        """Wrap the network in DDP. Buffers are broadcast, because on CPUs every process has batch-norm statistics of its own."""
         places = [device] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(self.student, device_ids=places)
 
 
 class SaveWeights:
-    """When the run is at its last step, by the first process: the network as ``load_sam_weights`` reads it.
+    """Save the network when the run ends (first process only). ``load_sam_weights`` reads the file.
 
     A run that was asked to leave before writes none: they would pass for finished.
 

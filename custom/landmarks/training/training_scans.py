@@ -17,10 +17,10 @@ def training_names(
     Args:
         store: all scans.
         held_back: regular expression; a scan whose name it is found in is never trained on.
-        repeats: regular expression -> how often scans are listed whose name it is found in (the first that is).
+        repeats: regular expression -> how often a scan whose name it is found in is listed; the first match counts.
 
     Raises:
-        ValueError: if an expression is none, or no scan is left.
+        ValueError: if an expression is invalid, or no scan is left.
     """
     try:
         rules = [(re.compile(pattern), int(times)) for pattern, times in (repeats or {}).items()]

@@ -25,7 +25,7 @@ AXES = np.diag([-1.0, -1.0, 1.0])  # a view's x, y, z grow towards Left, Posteri
 
 
 class ViewPairs(Dataset):
-    """Pair number ``i`` of an endless, reproducible sequence of two views of the same anatomy (SAM, spec 2.3).
+    """Pair number ``i`` of an endless, reproducible sequence of two views of the same anatomy (SAM, arXiv 2012.02383).
 
     Both views show one scan, each at its own scale, turned a little and with its own intensities; or, where
     ``places`` knows the scans (phantoms), they may show the same place of two subjects. Every position is

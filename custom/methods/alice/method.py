@@ -77,9 +77,8 @@ class Alice(Method):
         if self.loss.places is None or "place_q" not in batch:
             return AliceViews(crop, intact, hidden, plan)
         places = torch.cat([batch["place_q"], batch["place_k"]]).to(device, non_blocking=True)
-        pitch = self.loss.places.pitch
         grid = [side // p for side, p in zip(crop.shape[2:], self.loss.patch, strict=True)]
-        centres = token_centres(grid, pitch.tolist()).expand(len(crop), -1, -1)
+        centres = token_centres(grid, self.loss.places.pitch_mm).expand(len(crop), -1, -1)
         if self.view is not None:
             centres = self.view.seen_at(centres, seeds, crop.shape[2:])
         return AliceViews(crop, intact, hidden, plan, places, centres.to(device, non_blocking=True))

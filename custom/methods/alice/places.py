@@ -68,9 +68,10 @@ class PlaceLoss(nn.Module):
         if not temperature > 0:
             raise AliceError(f"temperature must be positive, got {temperature}.")
         self.temperature = temperature
-        self.register_buffer("pitch", torch.tensor([float(p) for p in pitch_mm]), persistent=False)
+        self.pitch_mm = tuple(float(p) for p in pitch_mm)
+        self.register_buffer("_pitch", torch.tensor(self.pitch_mm), persistent=False)
 
-    pitch: Tensor
+    _pitch: Tensor
 
     def forward(
         self, student: Tensor, teacher: Tensor, places: Tensor, centres: Tensor, counted: Tensor
@@ -94,7 +95,7 @@ class PlaceLoss(nn.Module):
         squared = offset.square().sum(dim=-1)
         nearest = squared.argmin(dim=-1, keepdim=True)
         apart = offset.abs().gather(2, nearest[..., None].expand(-1, -1, -1, 3))[:, :, 0]
-        valid = known & counted & (apart <= NEAR * self.pitch).all(dim=-1)  # (B, V)
+        valid = known & counted & (apart <= NEAR * self._pitch).all(dim=-1)  # (B, V)
 
         log_answer = torch.log_softmax(-squared / (2 * self.sigma_mm**2), dim=-1)
         cosines = F.normalize(student.float(), dim=-1) @ F.normalize(teacher.float(), dim=-1).transpose(1, 2)
