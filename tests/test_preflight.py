@@ -4,7 +4,7 @@ import sys
 import pytest
 from conftest import REPO
 
-from custom.bundles.preflight import ConfigKeyError, check_keys, command_line, preflight, speak_plainly
+from custom.bundles.preflight import ConfigKeyError, check_files, check_keys, preflight, speak_plainly
 from custom.data.errors import ScanError
 from custom.data.scans import list_scans
 from custom.data.store.volume_store import StoreError
@@ -54,13 +54,8 @@ def test_a_new_argument_must_be_one_that_the_object_takes():
         check_keys(config, {"head::botleneck": 8}, "here")
 
 
-def test_a_command_line_is_read_as_fire_reads_it():
-    words = ["run", "--config_file", "a.yaml", "--lr=3", "--flag", "--net::width", "-1"]
-    assert command_line(words) == {"config_file": "a.yaml", "lr": "3", "flag": "", "net::width": "-1"}
-
-
-def test_another_programs_command_line_is_not_judged():
-    preflight(["pytest", "--whatever", "1"])
+def test_outside_of_a_run_nothing_is_judged():
+    preflight()
 
 
 def test_only_our_own_errors_are_said_in_one_line(tmp_path):
@@ -113,10 +108,10 @@ def test_an_override_of_what_an_earlier_file_replaced_is_named(tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     ordered = [str(tmp_path / name) for name in ("train.yaml", "smoke.yaml", "swin.yaml")]
-    preflight(["x", "run", "--config_file", str(ordered)])
+    check_files(ordered, {})
     ordered[1:] = ordered[:0:-1]
     with pytest.raises(ConfigKeyError, match=r"smoke\.yaml: 'net::hidden_size' is no setting"):
-        preflight(["x", "run", "--config_file", str(ordered)])
+        check_files(ordered, {})
 
 
 def test_a_bug_keeps_its_traceback_and_an_error_for_users_is_one_line():

@@ -142,10 +142,10 @@ def estimate(
     """
     if processes < 1:
         raise AliceError(f"processes must be at least 1, got {processes}.")
-    check_files(files, overrides or {})
+    overrides = check_files(files, overrides or {})
     parser = ConfigParser()
     parser.read_config(list(files))
-    for key, value in (overrides or {}).items():
+    for key, value in overrides.items():
         parser.set(value, key)
     get = parser.get_parsed_content
     made = Estimate()
@@ -154,7 +154,7 @@ def estimate(
     opened = VolumeStore(store) if there else None
     _disk(made, get, store, opened)
     if measure:
-        _steps(made, files, overrides or {}, processes, opened)
+        _steps(made, files, overrides, processes, opened)
     return made
 
 

@@ -70,7 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _call(function: Callable[..., None], name: str, words: Sequence[str]) -> Any:
     import fire  # it takes a fifth of a second
 
-    return fire.Fire(function, command=list(words), name=f"alice {name}")
+    from custom.cli.arguments import check_names, quoted, typed
+
+    check_names(function, name, words)
+    return fire.Fire(typed(function, name), command=quoted(words), name=f"alice {name}")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def profile(config: str | Sequence[str], steps: int = 8, **overrides: Any) -> No
     from custom.engine.profile import StepProfile
 
     files = [config] if isinstance(config, str) else list(config)
-    check_files(files, overrides)
+    overrides = check_files(files, overrides)
     with tempfile.TemporaryDirectory() as folder:
         asked = ConfigWorkflow(files, workflow_type="train", logging_file=False, **overrides)
         store = overrides.get("store_dir") or asked.parser.get_parsed_content("store_dir")
@@ -157,7 +157,13 @@ def profile(config: str | Sequence[str], steps: int = 8, **overrides: Any) -> No
             "warmup": 0,
             "checkpoint_every": 0,
         }
-        quiet |= {"probe_every": steps + 9, "monitor_every": steps + 9, "probe": None, "resume": False}
+        quiet |= {
+            "probe_every": steps + 9,
+            "monitor_every": steps + 9,
+            "probe": None,
+            "resume": False,
+            "preflight": None,
+        }
         workflow = ConfigWorkflow(files, workflow_type="train", logging_file=False, **(overrides | quiet))
         workflow.initialize()
         trainer = workflow.parser.get_parsed_content("train::trainer")

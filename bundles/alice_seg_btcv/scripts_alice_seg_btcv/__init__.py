@@ -13,11 +13,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
-from . import averaging, body, cases, chance, checks, losses, resume, scans, scores, training, weights
+from . import (
+    averaging,
+    body,
+    cases,
+    chance,
+    checks,
+    losses,
+    resume,
+    scans,
+    scores,
+    settings,
+    training,
+    weights,
+)
 
 __all__ = [
-    "averaging", "body", "cases", "chance", "checks", "losses", "of", "resume", "scans", "scores", "stop", "training",
-    "weights",
+    "averaging", "body", "cases", "chance", "checks", "losses", "of", "resume", "scans", "scores", "settings", "stop",
+    "training", "weights",
 ]  # fmt: skip
 
 
