@@ -915,6 +915,8 @@ def test_two_copies_of_one_bundle_use_their_own_functions(tmp_path):
     (("train",), "train::preprocessing"),
     (("train",), "validate::preprocessing"),
     (("train", "inference", "evaluate"), "dataset"),
+    (("inference",), "dataset"),
+    (("inference",), "postprocessing"),
 ])  # fmt: skip
 def test_data_can_be_sent_to_processes_that_are_not_forked(names, key, tmp_path):
     settings = {"dataset_dir": str(tmp_path), **TINY}
@@ -923,13 +925,15 @@ def test_data_can_be_sent_to_processes_that_are_not_forked(names, key, tmp_path)
 
 
 @pytest.mark.slow
-def test_workers_that_are_spawned_cut_crops(cohort, tmp_path):
-    """As on macOS and Windows: a worker starts from nothing, and finds the bundle's functions from another folder."""
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_are_not_forked_cut_crops(cohort, tmp_path, method):
+    """As on macOS and Windows (spawn), and on Linux from Python 3.14 (forkserver): a worker starts from nothing, and finds
+    the bundle's functions from another folder."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import multiprocessing, runpy\n"
+        "import multiprocessing, runpy, sys\n"
         "if __name__ == '__main__':\n"
-        "    multiprocessing.set_start_method('spawn')\n"
+        "    multiprocessing.set_start_method(sys.argv.pop(1))\n"
         "    runpy.run_module('monai.bundle', run_name='__main__', alter_sys=True)\n"
     )
     settings = TRIAL | {
@@ -942,7 +946,7 @@ def test_workers_that_are_spawned_cut_crops(cohort, tmp_path):
     }
     arguments = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(program), "run", "--bundle_root", str(FLARE), "--config_file", *configs("train"), *arguments],
+        [sys.executable, "-W", "ignore", str(program), method, "run", "--bundle_root", str(FLARE), "--config_file", *configs("train"), *arguments],
         cwd=tmp_path,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         capture_output=True,
