@@ -17,7 +17,7 @@ def plain_message(error: BaseException) -> str | None:
 
     A loader's worker passes an error on as text that ends with ``module.Name: message``. Only the message is returned.
     """
-    for link in _chain(error):
+    for link in chain_of(error):
         if isinstance(link, AliceError):
             last = (
                 str(link).strip().splitlines()[-1] if "Traceback (most recent call last)" in str(link) else ""
@@ -26,7 +26,8 @@ def plain_message(error: BaseException) -> str | None:
     return None
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain_of(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that it came from."""
     link: BaseException | None = error
     while link is not None:
         yield link

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from custom.errors import AliceError
+from custom.errors import AliceError, chain_of
 
 
 @contextlib.contextmanager
@@ -58,7 +58,10 @@ def replacing(
     except failures as failure:
         if error is None:
             raise
-        why = getattr(failure, "strerror", None) or failure
+        told = (
+            getattr(link, "strerror", None) for link in chain_of(failure)
+        )  # torch hides it in a RuntimeError
+        why = next(filter(None, told), failure)
         raise error(f"{path}: cannot be written ({why}). {advice}") from failure
     finally:
         with contextlib.suppress(OSError):  # the folder itself may be missing
@@ -121,6 +124,64 @@ def parse_json(
     except ValueError as failure:
         why = str(failure)
     raise error(f"{path}: not readable as JSON ({why}). {advice}".strip())
+
+
+def read_torch(
+    path: str | os.PathLike[str],
+    *,
+    map_location: Any = "cpu",
+    error: type[AliceError] = AliceError,
+    advice: str = "",
+) -> Any:
+    """Read a file of ``torch.save`` that holds tensors and plain values only; no code of the file is run.
+
+    Args:
+        path: of the file.
+        map_location: where the tensors go.
+        error: what a failure is raised as.
+        advice: the end of the error's message.
+
+    Raises:
+        AliceError: (or ``error``) if the file is missing, empty, damaged, or of another kind.
+    """
+    import torch  # late: other users of this module do without it
+
+    cause = None
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+        if start and start[8:] != b"{":
+            return torch.load(path, map_location=map_location, weights_only=True)
+        why = "it is a .safetensors file, not one of torch.save" if start else "it is empty"
+    except MemoryError:
+        raise
+    except Exception as failure:  # a damaged file can cause nearly any exception in torch
+        why, cause = (str(failure).splitlines() or [type(failure).__name__])[0], failure
+    raise error(f"{path}: not readable as weights ({why}). {advice}".strip()) from cause
+
+
+class Mapped:
+    """Notices that a file that is mapped into memory was cut short; reading behind its new end would end the process (SIGBUS).
+
+    Args:
+        path: of the file, as it is when it is mapped.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path, self._then = path, os.stat(path)
+
+    def require_whole(self) -> None:
+        """Call this before reading.
+
+        Raises:
+            OSError: if the file is shorter than it was.
+        """
+        with contextlib.suppress(FileNotFoundError):  # deleted: what is mapped stays until it is closed
+            now = os.stat(self._path)
+            if now.st_size < self._then.st_size and os.path.samestat(now, self._then):
+                raise OSError(
+                    f"it was cut short from {self._then.st_size} to {now.st_size} bytes while in use"
+                )
 
 
 def path_in(folder: Path, text: str) -> Path:

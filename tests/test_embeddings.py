@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -169,6 +170,17 @@ def test_a_file_cut_short_changed_or_foreign_is_refused(tmp_path):
         StoredEmbedding(path).check()
     path.write_bytes(good)
     StoredEmbedding(path).check()
+
+
+def test_a_file_that_is_cut_short_while_it_is_mapped_is_named(tmp_path):
+    path = save_embedding(tmp_path / "a.sam", structured(), WEIGHTS, "s").path
+    stored = StoredEmbedding(path)
+    stored.check()
+    os.truncate(path, 4096)
+    with pytest.raises(
+        EmbeddingError, match=r"a\.sam: it was cut short from \d+ to 4096 bytes while in use\. Delete"
+    ):
+        stored.check()
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):

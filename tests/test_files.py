@@ -2,16 +2,21 @@
 
 import hashlib
 import os
+import pickle
 import stat
 
 import pytest
+import safetensors.torch
+import torch
 
 from custom.errors import AliceError
 from custom.files import (
+    Mapped,
     is_plain_name,
     path_in,
     read_json,
     read_text,
+    read_torch,
     replacing,
     sha256_of_file,
     stays_inside,
@@ -138,3 +143,51 @@ def test_back_slashes_count_as_slashes_unless_a_file_is_called_so(tmp_path):
     assert path_in(tmp_path, "a\\b") == tmp_path / "a" / "b"
     (tmp_path / "a\\b").touch()
     assert path_in(tmp_path, "a\\b") == tmp_path / "a\\b"
+
+
+def test_what_torch_saved_is_read_and_nothing_else(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"x": torch.arange(3)}, path)
+    assert read_torch(path)["x"].tolist() == [0, 1, 2]
+    torch.save({"x": torch.arange(3)}, path, _use_new_zipfile_serialization=False)
+    assert read_torch(path)["x"].tolist() == [0, 1, 2]
+    whole = path.read_bytes()
+    weights = safetensors.torch.save({"x": torch.arange(3)})
+    for content in (b"", b"x", whole[:40], whole[:-30], weights, pickle.dumps(os.system), b"{" * 100_000):
+        path.write_bytes(content)
+        with pytest.raises(
+            OtherError, match=r"a\.pt: not readable as weights \(.+\)\. Make another\.$"
+        ) as caught:
+            read_torch(path, error=OtherError, advice="Make another.")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_mapped_file_that_was_cut_short_is_noticed_and_a_replaced_one_is_not(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(bytes(100))
+    mapped = Mapped(path)
+    mapped.require_whole()
+    os.truncate(path, 200)
+    mapped.require_whole()
+    os.truncate(path, 99)
+    with pytest.raises(OSError, match="cut short from 100 to 99 bytes"):
+        mapped.require_whole()
+    (tmp_path / "b").write_bytes(b"short")
+    os.replace(tmp_path / "b", path)  # the old file is still what is mapped
+    mapped.require_whole()
+    path.unlink()
+    mapped.require_whole()
+
+
+def test_the_cause_is_told_that_torch_hides(tmp_path):
+    def write():
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise RuntimeError("unexpected pos 64 vs 0") from error
+
+    with (
+        pytest.raises(AliceError, match=r"a: cannot be written \(No space left on device\)"),
+        replacing(tmp_path / "a", failures=(OSError, RuntimeError)),
+    ):
+        write()

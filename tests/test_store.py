@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import write_scan
 
-from custom.data.errors import ScanError
+from custom.data.errors import DamagedScan, ScanError
 from custom.data.grid.body import body_mask
 from custom.data.grid.orientation import to_ras
 from custom.data.grid.resample import resample
@@ -146,6 +146,24 @@ def test_damage_is_reported_by_name(scans, tmp_path):
     path.unlink()
     with pytest.raises(StoreError, match=r"case3.hu.b2nd: missing"):
         VolumeStore(store.path).read_crop("case3", (0, 0, 0), (4, 4, 4))
+
+
+@pytest.mark.parametrize("kind", ["hu", "label", "body"])
+def test_a_file_that_is_cut_short_while_it_is_open_is_named(scans, tmp_path, kind):
+    """Else the process would end with a bus error, and PyTorch would blame the shared memory."""
+    store = build_store(scans, tmp_path / "s", (3.0, 3.0, 4.0), progress=False, workers=1)
+    read = {
+        "hu": lambda: store.read_crop("case3", (0, 0, 0), store.shape("case3")),
+        "label": lambda: store.read_label_crop("case3", (0, 0, 0), store.shape("case3")),
+        "body": lambda: store._body_voxels("case3"),
+    }[kind]
+    read()
+    os.truncate(volume_path(store.path, "case3", kind), 100)
+    with pytest.raises(
+        DamagedScan, match=rf"case3.{kind}.b2nd: damaged .*cut short .* to 100 bytes"
+    ) as refusal:
+        read()
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_full_disk_leaves_nothing_half_written(scans, tmp_path, monkeypatch):

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import TINY_VIT
+from ignite.engine import Events
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from custom.encoders.masked_vit import MaskedViT
@@ -26,11 +28,13 @@ from custom.engine.monitors import Monitors, ProbeHandler, effective_rank, embed
 from custom.engine.run_log import LeaveOnSignal, RunLog, read_log
 from custom.engine.schedules import cosine_ramp, decay_groups, linear_ramp, scaled_rate, warmup_cosine
 from custom.engine.trainer import NonFiniteLoss, PretrainTrainer, Schedule
+from custom.errors import AliceError
 from custom.landmarks.aligners.simple import CoordinateAligner
 from custom.methods.alice.branch import StudentBranch
 from custom.methods.alice.losses import AliceLoss
 from custom.methods.alice.method import Alice
 from custom.methods.pairs import AlignedPair
+from custom.methods.run_folder import load_run
 from custom.methods.views import MaskedBatch, Masking, TargetView
 
 
@@ -268,13 +272,56 @@ def test_checkpoints_of_other_runs_are_refused(store, tmp_path):
 def test_a_damaged_checkpoint_is_named(tmp_path):
     path = save_checkpoint(tmp_path, 5, {"x": torch.zeros(1000)})
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(CheckpointError, match=r"iteration_00000005.pt: damaged"):
+    with pytest.raises(CheckpointError, match=r"iteration_00000005.pt: not readable .*Delete it to go on"):
         load_checkpoint(path)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         load_checkpoint(tmp_path / "iteration_00000009.pt")
     torch.save({"a": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="no checkpoint that this version can go on with"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "name, content, why",
+    [
+        ("iteration_00000005.pt", b"", r"it is empty\). Delete it to go on from the one before"),
+        ("run.pt", b"", r"it is empty\). Name a run's iteration_<n>.pt"),
+        ("model.safetensors", safetensors.torch.save({"x": torch.zeros(3)}), "it is a .safetensors file"),
+        ("text.pt", b"no weights at all", "not readable as weights"),
+    ],
+)
+def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path, name, content, why):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{name}: .*{why}") as refusal:
+        load_run(tmp_path / name)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("where", ["log.jsonl", "tensorboard"])
+def test_a_log_that_cannot_be_written_ends_the_run_in_one_line(store, tmp_path, where):
+    """Whatever the reason: a full disk, one that is gone, or a file in the way."""
+    if where == "log.jsonl":
+        (tmp_path / where).mkdir()
+    else:
+        (tmp_path / where).write_text("")
+    with pytest.raises(
+        AliceError, match=rf"{tmp_path}: the log cannot be written \(.*goes on from its newest"
+    ):
+        make_trainer(store, tmp_path, steps=1).run()
+
+
+def test_a_disk_that_fills_up_during_a_run_is_said_in_one_line(store, tmp_path, monkeypatch):
+    trainer = make_trainer(store, tmp_path, steps=3, checkpoint_every=1)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(once=2), lambda: monkeypatch.setattr(RunLog, "_write", full)
+    )
+    with pytest.raises(AliceError, match="the log cannot be written .No space left on device.. Make room"):
+        trainer.run()
+    assert read_log(tmp_path) and latest_checkpoint(tmp_path / "checkpoints") is not None
 
 
 def test_a_full_disk_keeps_the_older_checkpoints(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from monai.bundle import ConfigParser
 from safetensors.torch import load_file
 
 from custom.errors import AliceError
-from custom.files import replacing
+from custom.files import read_torch, replacing
 
 REPO = Path(__file__).resolve().parents[2]
 _CONFIGS = ("train", "inference")
@@ -56,7 +56,7 @@ def _as_pt(path: Path) -> bytes:
     state = load_file(path)
     beside = path.with_suffix(".pt")
     if beside.is_file():
-        other = torch.load(beside, map_location="cpu", weights_only=True)
+        other = read_torch(beside)
         if other.keys() != state.keys() or not all(torch.equal(other[k], state[k]) for k in state):
             raise AliceError(
                 f"{beside}: holds other weights than {path.name} beside it. Move one of them away."

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from monai.bundle import ConfigParser
 from monai.transforms import Compose, Orientationd, ScaleIntensityRanged, Spacingd
 from safetensors import SafetensorError
@@ -15,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from custom.errors import AliceError
-from custom.files import read_json
+from custom.files import read_json, read_torch
 from custom.transfer.encoder_weights import WeightsError, sha256_of
 
 _CONFIGS = ("inference.json", "inference.yaml", "inference.yml")
@@ -118,10 +116,11 @@ def load_whole(network: nn.Module, path: str | Path) -> dict[str, Tensor]:
             f"{path}: no such file. Train the bundle first, or name other weights: --weights FILE"
         )
     try:
-        safe = path.suffix == ".safetensors"
-        state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, SafetensorError) as error:
-        raise WeightsError(f"{path}: not readable as weights ({str(error).splitlines()[0]}).") from error
+        state: Any = (
+            load_file(path) if path.suffix == ".safetensors" else read_torch(path, error=WeightsError)
+        )
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not readable as weights ({error}).") from error
     if isinstance(state, dict) and isinstance(state.get("model"), Mapping):
         state = state["model"]
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):

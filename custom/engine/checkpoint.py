@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from custom.errors import AliceError
-from custom.files import replacing
+from custom.files import read_torch, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +89,9 @@ def load_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: no such checkpoint here. Every process of a run must see the same output_dir."
         )
-    try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: damaged ({str(error).splitlines()[0]}). Delete it to go on from the one before."
-        ) from error
+    ours = _NAME.match(path.name)
+    advice = "Delete it to go on from the one before." if ours else "Name a run's iteration_<n>.pt."
+    content = read_torch(path, map_location=map_location, error=CheckpointError, advice=advice)
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         kind = (

@@ -70,7 +70,7 @@ def sample_loader(
         prefetch_factor=2 if workers else None,
         pin_memory=torch.cuda.is_available(),
         collate_fn=collate,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_start_worker,
     )
 
 
@@ -82,7 +82,8 @@ def _end_workers() -> None:
             child.kill()
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """A signal to the whole group (torchrun, timeout, Slurm) must not kill workers before the trainer has saved."""
+    processes.end_with_parent()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ignite.engine import Events
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from custom.errors import AliceError
 from custom.processes import any_process, rank, world_size
 
 logger = logging.getLogger(__name__)
@@ -46,15 +48,28 @@ class RunLog:
             engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self._line)
             engine.add_event_handler(Events.COMPLETED, self._stop)
 
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as failure:
+            raise AliceError(
+                f"{self.folder}: the log cannot be written ({failure.strerror or failure}). Make room on the disk; "
+                "the run goes on from its newest checkpoint."
+            ) from failure
+
     def _start(self, engine: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_log(self.folder) if line["step"] <= engine.state.iteration]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=engine.state.iteration + 1)
+        with self._disk():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in read_log(self.folder) if line["step"] <= engine.state.iteration]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            folder = self.folder / "tensorboard"
+            self._writer = SummaryWriter(str(folder), purge_step=engine.state.iteration + 1)
         self._clock, self._seen = time.monotonic(), engine.state.iteration
         baseline = _take_news(engine)
         if baseline and engine.state.iteration == 0:
-            self._write(0, baseline)  # the untrained network
+            with self._disk():
+                self._write(0, baseline)  # the untrained network
 
     def _line(self, engine: Any) -> None:
         step, now = engine.state.iteration, time.monotonic()
@@ -65,7 +80,8 @@ class RunLog:
         speed = samples / max(now - self._clock, 1e-9)
         speeds = {"samples_per_second": speed, "crops_per_second": speed * engine.crops}
         self._clock, self._seen = now, step
-        self._write(step, values | _take_news(engine), speeds, _take_news(engine, "distributions"))
+        with self._disk():
+            self._write(step, values | _take_news(engine), speeds, _take_news(engine, "distributions"))
 
     def _write(
         self,
@@ -91,7 +107,8 @@ class RunLog:
 
     def _stop(self, engine: Any) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with self._disk():
+                self._writer.close()
 
 
 def _take_news(engine: Any, kind: str = "news") -> dict[str, Any]:
@@ -110,7 +127,7 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
     return lines
 

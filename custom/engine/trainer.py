@@ -32,6 +32,7 @@ from custom.engine.schedules import cosine_ramp, warmup_cosine
 from custom.errors import AliceError
 from custom.processes import (
     first_process_says,
+    locked,
     mean_over_processes,
     names_of_all,
     rank,
@@ -219,8 +220,15 @@ class PretrainTrainer(Trainer):
 
         Raises:
             NonFiniteLoss: naming the term and the scans; the last good checkpoint stays.
-            CheckpointError: if a checkpoint does not fit this run, or cannot be written.
+            CheckpointError: if a checkpoint does not fit this run, if output_dir cannot be written, or if another process
+                trains in it.
         """
+        lock = self.run_dir / "training.lock"
+        free = locked(lock, "a training", error=CheckpointError, instead="another output_dir")
+        with free if rank() == 0 else nullcontext():
+            self._run()
+
+    def _run(self) -> None:
         found = latest_checkpoint(self.folder)
         iteration = first_process_says(-1 if found is None else iteration_of(found), self.device)
         if iteration >= 0 and not self.resume:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from custom.encoders.masked_vit import MaskedViT
 from custom.encoders.nnformer import NNFormer
 from custom.encoders.positions import resize_positions
 from custom.errors import AliceError
-from custom.files import parse_json, read_json, replacing, write_text
+from custom.files import parse_json, read_json, read_torch, replacing, write_text
 from custom.landmarks.sam.weights import sha256_of
 
 logger = logging.getLogger(__name__)
@@ -135,16 +134,10 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 metadata = parse_json(text, path, error=WeightsError)
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_torch(path, error=WeightsError)
             if (beside := path.with_suffix(".json")).is_file():
                 metadata = read_json(beside, error=WeightsError, advice="Export the weights again.")
-    except (
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        pickle.UnpicklingError,
-    ) as error:
+    except (SafetensorError, OSError) as error:
         raise WeightsError(
             f"{path}: not readable as weights ({(str(error) or type(error).__name__).splitlines()[0]})."
         ) from error

@@ -21,6 +21,7 @@ from custom.data.formats.reasons import Reason, status_of
 from custom.data.intake.examine import run_job
 from custom.data.intake.manifest import Manifest, record_of, sparse
 from custom.data.intake.scan_record import Job, Rules, ScanRecord
+from custom.processes import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def run_jobs(
     while waiting or suspects:
         alone = bool(suspects)
         queue, count = (suspects, 1) if alone else (waiting, min(workers, len(jobs)))
-        with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
             running: dict[Future, Job] = {}
             broken = False
             while (queue or running) and not broken:

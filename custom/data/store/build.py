@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from custom.data.intake.manifest import Manifest, is_manifest
 from custom.data.remote import is_url
 from custom.data.scans import Scan, list_scans
 from custom.data.store.build_cost import build_cost
-from custom.data.store.build_parts import faults_of_parts, save_faults, share
+from custom.data.store.build_parts import faults_of_parts, parse, save_faults, share
 from custom.data.store.convert import convert, record_path, stamp
 from custom.data.store.settings import SPACING, BuildSettings
 from custom.data.store.volume_store import (
@@ -32,7 +33,7 @@ from custom.data.store.volume_store import (
     write_index,
 )
 from custom.files import read_json, sha256_of_file
-from custom.processes import rank, wait_for_all
+from custom.processes import end_with_parent, locked, rank, wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ def build_store(
     source: str | Path | Sequence[Scan],
     store: str | Path,
     spacing: Sequence[float] = SPACING,
+    *,
+    wait: bool = False,
     **options: Any,
 ) -> VolumeStore:
     """Bring every scan of a folder, datalist or manifest onto one grid.
@@ -63,6 +66,7 @@ def build_store(
         source: folder, datalist JSON, manifest of ``alice scan`` (or its URL), or a list of scans.
         store: folder to write; made if it is missing.
         spacing: voxel size in mm along x, y, z.
+        wait: if another process builds this store, wait until it has ended; else this is refused.
         options: the other fields of :class:`BuildSettings`, by keyword.
 
     Returns:
@@ -70,12 +74,14 @@ def build_store(
 
     Raises:
         ScanError: if more scans are unusable than allowed, or none is left. The good ones stay built.
-        StoreError: if the folder holds a store with other settings, or the disk is too small.
+        StoreError: if the folder holds a store with other settings, if another process builds it, or if the disk is too small.
         AliceError: for a setting that cannot be used.
     """
-    run = _Build(source, store, BuildSettings(spacing, **options))
-    run.work(None)
-    run.finish()
+    asked = BuildSettings(spacing, **options)
+    with _alone_in(store, None, wait):
+        run = _Build(source, store, asked)
+        run.work(None)
+        run.finish()
     return VolumeStore(store)
 
 
@@ -99,22 +105,25 @@ def build_part(
     Returns:
         The store if it is complete now, else None.
     """
-    run = _Build(source, store, BuildSettings(spacing, **options))
-    run.work(part)
-    left = run.left()
-    if left:
-        logger.info(
-            "Part %s is done; %d of %d volumes are left to the other parts.", part, left, len(run.scans)
-        )
-        return None
-    run.finish()
+    asked = BuildSettings(spacing, **options)
+    with _alone_in(store, part):
+        run = _Build(source, store, asked)
+        run.work(part)
+        left = run.left()
+        if left:
+            logger.info(
+                "Part %s is done; %d of %d volumes are left to the other parts.", part, left, len(run.scans)
+            )
+            return None
+        run.finish()
     return VolumeStore(store)
 
 
 def shared_store(source: str | Path, store: str | Path, **options: Any) -> VolumeStore:
     """The store of a run with one or many processes: the first process builds it, the others wait.
 
-    A complete store is opened as it is if the scans it was built from are gone.
+    If another run builds the same store now, this one waits for it. A complete store is opened as it is if the scans it
+    was built from are gone.
 
     Args and errors as :func:`build_store`. A store with fewer than two patients is refused too.
     """
@@ -124,7 +133,7 @@ def shared_store(source: str | Path, store: str | Path, **options: Any) -> Volum
         if scans_gone and (Path(store) / "index.json").is_file():
             logger.warning("%s does not exist; the store %s is used as it is.", source, store)
         else:
-            build_store(source, store, **options)
+            build_store(source, store, wait=True, **options)
     wait_for_all()
     opened = VolumeStore(store)
     require_patients(opened, 2)
@@ -145,16 +154,27 @@ def require_patients(store: VolumeStore, count: int) -> None:
         )
 
 
+@contextlib.contextmanager
+def _alone_in(store: str | Path, part: str | None, wait: bool = False) -> Iterator[None]:
+    """Keep other builds out of a store; parts exclude only themselves and a build of the whole."""
+    if is_url(store):
+        raise StoreError(
+            f"{store}: a store must be built in a folder. Build it there, then copy it to the URL."
+        )
+    if Path(store).exists() and not Path(store).is_dir():
+        raise StoreError(f"{store}: is a file; a store is a folder. Choose another place.")
+    name, excluded = "build.lock", "build*.lock"
+    if part is not None:
+        number, parts = parse(part)
+        name, excluded = f"build-{number}-of-{parts}.lock", "build.lock"
+    with locked(Path(store) / name, "a build", excludes=excluded, wait=wait, error=StoreError):
+        yield
+
+
 class _Build:
     """The scans to build, the volumes that are there, and the scans that were refused."""
 
     def __init__(self, source: str | Path | Sequence[Scan], store: str | Path, asked: BuildSettings) -> None:
-        if is_url(store):
-            raise StoreError(
-                f"{store}: a store must be built in a folder. Build it there, then copy it to the URL."
-            )
-        if Path(store).exists() and not Path(store).is_dir():
-            raise StoreError(f"{store}: is a file; a store is a folder. Choose another place.")
         self.store, self.asked, profile = (store := Path(store)), asked, None
         index = read_index(store) if (store / "index.json").is_file() else {}
         self.patient_pattern = asked.patient_pattern
@@ -183,10 +203,6 @@ class _Build:
             logger.info("%s: %s", store, cost)
             if self.asked.check_disk:
                 cost.refuse_small_disk(store)
-        try:
-            store.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"{store}: cannot be made ({error.strerror}). Choose another place.") from error
         if not (store / _SETTINGS).is_file() and not (store / "index.json").is_file():
             store_text(store / _SETTINGS, json.dumps(self.settings))
         starts = tuple(f"{scan.name}." for scan in todo)
@@ -327,8 +343,7 @@ def _build_all(scans: list[Scan], store: Path, settings: dict, workers: int) -> 
     pool = ProcessPoolExecutor(
         min(workers, len(scans)),
         mp_context=get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(1,),
+        initializer=_start_worker,
     )
     try:
         jobs = [pool.submit(_build_one, scan, store, settings) for scan in scans]
@@ -336,6 +351,11 @@ def _build_all(scans: list[Scan], store: Path, settings: dict, workers: int) -> 
             yield job.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    end_with_parent()
+    torch.set_num_threads(1)
 
 
 def _build_one(scan: Scan, store: Path, settings: dict) -> Built:

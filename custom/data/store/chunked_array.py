@@ -15,7 +15,7 @@ import blosc2
 import numpy as np
 
 from custom.data.errors import StoreError
-from custom.files import replacing
+from custom.files import Mapped, replacing
 
 CHUNK = 64  # voxels along each side: a 192 x 192 x 64 crop touches few chunks (docs/performance.md, "Data loading")
 BLOCK = 16  # voxels along each side: the smallest part that is decompressed
@@ -117,9 +117,11 @@ class ChunkedArray:
 
     Raises:
         RuntimeError: if the file is damaged, or, while reading, one of its chunks.
+        OSError: while reading, if the file was cut short since it was opened.
     """
 
     def __init__(self, path: Path) -> None:
+        self._mapped = Mapped(path)
         # one thread: the workers run in parallel anyway, and a forked worker must not inherit a thread pool
         self._array = blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
         if not isinstance(self._array, blosc2.NDArray):
@@ -137,11 +139,13 @@ class ChunkedArray:
     def read(self, low: tuple[int, ...], high: tuple[int, ...]) -> np.ndarray:
         """Voxels from ``low`` to before ``high``."""
         ranges = [range(a // c, -(-b // c)) for a, b, c in zip(low, high, self._chunks, strict=True)]
+        self._mapped.require_whole()
         self._verify_box(ranges)
         return np.asarray(self._array[tuple(slice(a, b) for a, b in zip(low, high, strict=True))])
 
     def verify(self) -> None:
         """Compare every chunk's checksum."""
+        self._mapped.require_whole()
         self._verify_box([range(n) for n in self._grid])
 
     def _verify_box(self, ranges: list[range]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from custom.landmarks.embeddings.packing import bits_for
 from custom.landmarks.embeddings.stored import StoredEmbedding
 from custom.landmarks.sam.network import SAM, embed_scan
 from custom.landmarks.sam.scan_grid import read_scan
+from custom.processes import locked
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ def embed_store(
     Raises:
         ProfileError: for a store of another profile, unless allowed.
         EmbeddingError: if the folder holds embeddings made with other weights, or of a scan that has changed,
-            and ``overwrite`` is False.
+            and ``overwrite`` is False; or if another process embeds into it.
     """
     require_ct(store.profile, store.path, "SAM", allow_profile)
     chosen = list(names) if names is not None else store.names
@@ -71,19 +73,20 @@ def embed_store(
     def read(name: str) -> tuple[Any, NDArray[np.float64]]:
         return store.read_crop(name, (0, 0, 0), store.shape(name)), store.affine(name)
 
-    return _embed_all(
-        model,
-        weights_sha256,
-        sources,
-        read,
-        Path(out),
-        threshold,
-        fine_bits,
-        slab,
-        overwrite,
-        progress,
-        store.profile,
-    )
+    with _alone_in(out):
+        return _embed_all(
+            model,
+            weights_sha256,
+            sources,
+            read,
+            Path(out),
+            threshold,
+            fine_bits,
+            slab,
+            overwrite,
+            progress,
+            store.profile,
+        )
 
 
 def embed_folder(
@@ -107,9 +110,15 @@ def embed_folder(
         volume, affine = read_scan(images[name])
         return volume.numpy(), affine
 
-    return _embed_all(
-        model, weights_sha256, sources, read, Path(out), threshold, fine_bits, slab, overwrite, progress
-    )
+    with _alone_in(out):
+        return _embed_all(
+            model, weights_sha256, sources, read, Path(out), threshold, fine_bits, slab, overwrite, progress
+        )
+
+
+def _alone_in(out: str | Path) -> AbstractContextManager[None]:
+    """Keep other processes from embedding into the folder."""
+    return locked(Path(out) / "embed.lock", "alice embed", error=EmbeddingError)
 
 
 def _embed_all(
@@ -145,7 +154,6 @@ def _embed_all(
         for name in sources
         if _needs_embedding(out, name, weights_sha256, sources[name], fine_bits, overwrite)
     ]
-    out.mkdir(parents=True, exist_ok=True)
     index = {
         "format": FORMAT,
         "weights_sha256": weights_sha256,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from custom.files import Mapped
 from custom.landmarks.embeddings.blocks import Blocks
 from custom.landmarks.embeddings.file import EmbeddingError, digest_of, read_header
 from custom.landmarks.embeddings.lattice import Lattice, flat_index, make_lattice
@@ -118,14 +119,19 @@ class StoredEmbedding:
             raise EmbeddingError(f"{self.path}: differs from what was written. Delete it and embed again.")
 
     @functools.cached_property
-    def _bytes(self) -> mmap.mmap:
+    def _bytes(self) -> tuple[mmap.mmap, Mapped]:
         with open(self.path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), Mapped(self.path)
 
     def _section(self, key: str) -> NDArray[Any]:
         dtype, shape, start = self._places[key]
+        content, mapped = self._bytes
+        try:
+            mapped.require_whole()
+        except OSError as error:
+            raise EmbeddingError(f"{self.path}: {error}. Delete it and embed again.") from error
         count = int(np.prod(shape))
-        return np.frombuffer(self._bytes, dtype, count, self._data_start + start).reshape(shape)
+        return np.frombuffer(content, dtype, count, self._data_start + start).reshape(shape)
 
     @functools.cached_property
     def _row_of_cell(self) -> NDArray[np.int32]:
