@@ -106,7 +106,7 @@ def run_picture(
 def _curves(axis: Any, log: list[dict[str, Any]], names: Sequence[str], title: str) -> None:
     for name in names:
         points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
-        if points:
+        if any(value for _, value in points):  # a term that is off is left out
             axis.plot(
                 *zip(*points, strict=True),
                 label=name.removeprefix("probe/"),
