@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPO, write_scan
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.networks.nets import UNETR, SwinUNETR
 from monai.utils import set_determinism
 
@@ -30,6 +30,7 @@ from custom.transfer.encoder_weights import load_encoder, read_weights
 
 BUNDLE = REPO / "bundles" / "alice_pretrain"
 CONFIGS = BUNDLE / "configs"
+RIVALS = [f"{name}.yaml" for name in ("simmim", "moco", "dino", "ibot", "sim", "cmae", "swin_unetr")]
 TINY = {
     "crop_size": "[32,32,16]", "spacing": "[3.0,3.0,4.0]", "network_def::hidden_size": 48, "network_def::mlp_dim": 96,
     "network_def::num_heads": 4, "decoder_width": 48, "student_def::head_width": 64, "iterations": 6,
@@ -249,8 +250,37 @@ def test_every_override_names_a_key_of_train_yaml():
         "quickstart.yaml",
         "pooled.yaml",
         "small.yaml",
+        *RIVALS,
     ):
         check_keys(complete, ConfigParser.load_config_file(CONFIGS / name), name)
+
+
+@pytest.mark.parametrize("file", RIVALS)
+def test_a_rival_runs_from_its_file(file, scans, store, tmp_path):
+    small = {"network_def::hidden_size": 48, "network_def::mlp_dim": 96, "network_def::num_heads": 4}
+    small |= {"iterations": 3, "warmup": 1, "batch_size": 4, "probe_every": 3, "monitor_every": 2}
+    small |= {"decoder_width": 48} if file in ("sim.yaml", "cmae.yaml") else {}
+    small |= {"student_def::hidden_width": 64} if file in ("moco.yaml", "cmae.yaml") else {}
+    workflow = ConfigWorkflow(
+        [str(CONFIGS / name) for name in ("train.yaml", "smoke.yaml", file)],
+        workflow_type="train",
+        logging_file=False,
+        dataset_dir=str(scans),
+        store_dir=str(store.path),
+        output_dir=str(tmp_path),
+        crop_size=[32, 32, 16],
+        workers=0,
+        **small,
+    )
+    workflow.initialize()
+    workflow.run()
+    set_determinism(None)
+    lines = read_log(tmp_path)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3] and "probe/linear" in lines[-1]
+    alice(["export", str(tmp_path), "--to", str(tmp_path / "e.safetensors")])
+    unetr = UNETR(1, 2, (32, 32, 16), feature_size=4, hidden_size=48, mlp_dim=96, num_heads=4)
+    report = load_encoder(unetr, tmp_path / "e.safetensors", verbose=False)
+    assert report.metadata["method"] == file.removesuffix(".yaml")
 
 
 def test_every_switch_of_the_method_can_be_reached_by_name():

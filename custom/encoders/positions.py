@@ -61,3 +61,22 @@ def resize_positions(table: Tensor, grid: Sequence[int], new_grid: Sequence[int]
 def positions_at(positions: Tensor, index: Tensor) -> Tensor:
     """Rows of a (1, N, C) table for tokens ``index`` (B, N_visible) -> (B, N_visible, C)."""
     return torch.index_select(positions[0], 0, index.flatten()).view(*index.shape, -1)
+
+
+def sincos_at(places: Tensor, width: int) -> Tensor:
+    """MONAI's fixed sin-cos positions at any places, also between tokens and outside of a grid.
+
+    Args:
+        places: (..., 3) along x, y, z, in tokens from the first token of the grid.
+        width: channels, divisible by 6.
+
+    Returns:
+        (..., width). At the places of a grid it equals :func:`sincos_positions`. MONAI's table holds its three blocks of
+        channels in the order y, x, z.
+    """
+    if width % 6:
+        raise AliceError(f"Sin-cos positions in 3D need a width divisible by 6, got {width}.")
+    count = width // 6
+    frequency = 1.0 / 10000.0 ** (torch.arange(count, dtype=torch.float32, device=places.device) / count)
+    angles = places.float()[..., [1, 0, 2], None] * frequency  # (..., 3, width / 6)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)

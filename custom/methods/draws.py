@@ -157,6 +157,70 @@ class Draws(Dataset):
         return torch.from_numpy(window(crop, low, high))[None]
 
 
+class TwoCrops(Draws):
+    """Two crops of one scan, the second moved by a random shift (MoCo v3, DINO, iBOT, SIM, CMAE).
+
+    Patients take turns in random order, so that a batch holds no patient twice where there are enough of them: another
+    crop of the same patient would be a wrong negative.
+
+    Args:
+        store: volumes on one grid.
+        crop_size: voxels along x, y, z.
+        max_shift: largest shift along each axis, as a share of the crop's side; at most ``max_voxels``.
+        max_voxels: None for no such limit.
+        masked: which crops get masks, ``crop_1`` or ``crop_2`` or both.
+        options: of :class:`Draws`.
+
+    Raises:
+        AliceError: for settings out of range.
+    """
+
+    crops = 2
+
+    def __init__(
+        self,
+        store: VolumeStore,
+        crop_size: Sequence[int],
+        max_shift: float = 0.5,
+        max_voxels: int | None = None,
+        masked: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        super().__init__(store, crop_size, **options)
+        if not 0.0 <= max_shift <= 1.0:
+            raise AliceError(f"max_shift must be in [0, 1], got {max_shift}.")
+        if not set(masked) <= {"crop_1", "crop_2"}:
+            raise AliceError(f"masked names crop_1, crop_2 or both, got {list(masked)}.")
+        self.crop_keys = tuple(masked)
+        self.max_shift, self.max_voxels = max_shift, max_voxels
+        reach = np.floor(max_shift * self.crop_size).astype(int)
+        self._reach = reach if max_voxels is None else np.minimum(reach, max_voxels)
+        self._turn: tuple[tuple[int, tuple[str, ...]], np.ndarray] | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """Settings that make the sequence what it is, as plain values."""
+        return super().summary() | {"max_shift": self.max_shift, "max_voxels": self.max_voxels}
+
+    def _draw_scan(self, index: int, without: tuple[str, ...] = ()) -> str:
+        patients, scans_of = self._scans(without)
+        turn, place = divmod(index, len(patients))
+        if self._turn is None or self._turn[0] != (turn, without):
+            self._turn = (turn, without), self._rng(turn, 3, without).permutation(len(patients))
+        scans = scans_of[patients[self._turn[1][place]]]
+        return scans[self._rng(index, 2, without).integers(len(scans))]
+
+    def _item(self, index: int, without: tuple[str, ...]) -> dict[str, Any]:
+        name, rng = self._draw_scan(index, without), self._rng(index, 0, without)
+        first = self._draw_start(name, rng)
+        room = np.array(self.store.shape(name)) - self.crop_size
+        second = first + rng.integers(-self._reach, self._reach + 1)
+        second = np.clip(second, np.minimum(0, room), np.maximum(0, room))
+        self.quarantine.examine(name, self.store.verify)
+        about = {"scan": name, "patient": self.store.patient(name), "shift": torch.from_numpy(second - first)}
+        crops = {"crop_1": self._crop(name, first), "crop_2": self._crop(name, second)}
+        return crops | about | self._about(index, without)
+
+
 class OneCrop(Draws):
     """One crop of one scan (MAE, SimMIM), somewhere in its body."""
 

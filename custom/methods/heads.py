@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+
+from custom.errors import AliceError
 
 
 class ProjectionHead(nn.Module):
@@ -59,3 +64,32 @@ class Predictor(nn.Sequential):
             nn.GELU(),
             nn.Linear(hidden_width, width),
         )
+
+
+NORMS = ("layer", "batch")
+
+
+def mlp(widths: Sequence[int], norm: str = "layer", last_norm: bool = True) -> nn.Sequential:
+    """Linear layers without bias, each but the last followed by a norm and ReLU (the heads of MoCo v3 and CMAE).
+
+    Args:
+        widths: channels in, between and out.
+        norm: ``layer`` (ours: any batch, any number of processes) or ``batch`` (the authors).
+        last_norm: whether a norm without weights follows the last layer.
+
+    Raises:
+        AliceError: for another norm.
+    """
+    if norm not in NORMS:
+        raise AliceError(f"head_norm must be one of {', '.join(NORMS)}; got {norm!r}.")
+    kind = nn.LayerNorm if norm == "layer" else nn.BatchNorm1d
+    layers: list[nn.Module] = []
+    for number, (before, after) in enumerate(pairwise(widths), start=1):
+        layers.append(nn.Linear(before, after, bias=False))
+        if number < len(widths) - 1:
+            layers += [kind(after), nn.ReLU()]
+        elif last_norm and norm == "layer":
+            layers.append(nn.LayerNorm(after, elementwise_affine=False))
+        elif last_norm:
+            layers.append(nn.BatchNorm1d(after, affine=False))
+    return nn.Sequential(*layers)

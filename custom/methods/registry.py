@@ -15,6 +15,13 @@ from custom.errors import AliceError
 METHODS = {
     "alice": "custom.methods.alice.method",
     "mae": "custom.methods.mae",
+    "simmim": "custom.methods.rivals.simmim",
+    "moco": "custom.methods.rivals.moco",
+    "dino": "custom.methods.rivals.dino",
+    "ibot": "custom.methods.rivals.ibot",
+    "sim": "custom.methods.rivals.sim",
+    "cmae": "custom.methods.rivals.cmae",
+    "swin_unetr": "custom.methods.rivals.swin_unetr",
 }
 
 

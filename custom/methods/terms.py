@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from custom.encoders.masking import refine_mask
 from custom.encoders.patches import empty_patches, normalise_patches, patchify
+from custom.processes import gather_rows, mean_over_processes, rank
 
 RAW_MEAN, RAW_SPREAD = (
     0.35,
@@ -58,3 +60,41 @@ def masked_reconstruction(
     wanted = normalise_patches(patches) if normalise else (patches - RAW_MEAN) / RAW_SPREAD
     error = (pixels.float() - wanted).square().mean(dim=-1)
     return masked_mean(error, chosen)
+
+
+def info_nce(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """InfoNCE: each row of the student finds its own row of the teacher among those of all processes.
+
+    Args:
+        student: (n, D).
+        teacher: (n, D), without gradient.
+        temperature: of the cosines.
+    """
+    keys = F.normalize(gather_rows(teacher.float()), dim=-1)
+    logits = F.normalize(student.float(), dim=-1) @ keys.T / temperature
+    right = torch.arange(len(student), device=student.device) + rank() * len(student)
+    return F.cross_entropy(logits, right)
+
+
+def centred_cross_entropy(
+    student: Tensor, teacher: Tensor, centre: Tensor, student_temperature: float, teacher_temperature: float
+) -> Tensor:
+    """Cross entropy of the student's softmax against the teacher's, sharpened and centred (DINO, Eq. 2), by row.
+
+    Args:
+        student, teacher: (..., K) logits; no gradient reaches the teacher.
+        centre: (K,), the teacher's running mean.
+        student_temperature, teacher_temperature: the authors' are 0.1 and 0.04.
+
+    Returns:
+        (...).
+    """
+    target = torch.softmax((teacher.detach() - centre) / teacher_temperature, dim=-1)
+    return -(target * F.log_softmax(student / student_temperature, dim=-1)).sum(dim=-1)
+
+
+@torch.no_grad()
+def move_centre(centre: Tensor, teacher: Tensor, momentum: float = 0.9) -> None:
+    """Move a running mean towards the mean of the teacher's rows (..., K) of all processes (DINO, Eq. 4)."""
+    mean = mean_over_processes(teacher.float().flatten(0, -2).mean(dim=0))
+    centre.mul_(momentum).add_(mean, alpha=1 - momentum)

@@ -165,11 +165,11 @@ class TargetView:
         return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
 
-_STREAMS = {"mask": 0x5DEECE66D, "view": 0x1B873593, "noise": 0x2545F4914F}
+_STREAMS = {"mask": 0x5DEECE66D, "view": 0x1B873593, "noise": 0x2545F4914F, "local": 0x9E3779B97F}
 
 
 def generator_of(seed: int, stream: str) -> torch.Generator:
-    """The CPU generator of one sample. Masks, views and noise each have their own."""
+    """The CPU generator of one sample. Masks, views, noise and local crops each have their own."""
     return torch.Generator().manual_seed(seed ^ _STREAMS[stream])
 
 

@@ -219,6 +219,10 @@ def read_as(value: Any, kind: Kind, expressions: bool = True) -> Any:
     Raises:
         WrongKind: if the value is of no kind that the setting takes.
     """
+    if (
+        isinstance(value, dict) and "_target_" in value
+    ):  # an object of the config; what it makes is not known here
+        return value
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     elif type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:

@@ -16,8 +16,13 @@ from custom.engine.schedules import linear_ramp
 from custom.errors import AliceError
 from custom.methods.alice.branch import StudentOutput
 from custom.methods.alice.places import PlaceLoss
-from custom.methods.terms import cosine_distance, masked_reconstruction
-from custom.processes import gather_rows, mean_over_processes, rank
+from custom.methods.terms import (
+    centred_cross_entropy,
+    cosine_distance,
+    info_nce,
+    masked_reconstruction,
+    move_centre,
+)
 
 SIMILARITIES = ("cosine", "dino", "infonce")
 RECONSTRUCTIONS = ("masked", "raw", "whole")
@@ -141,9 +146,9 @@ class AliceLoss(nn.Module):
                 tokens, aligned, self.centre_tokens, temperature, pooled_view=False
             )
         if self.training and self.similarity == "dino":
-            self._move_centre(self.centre_pooled, target)
+            move_centre(self.centre_pooled, target)
             if output.teacher_tokens is not None:
-                self._move_centre(self.centre_tokens, output.teacher_tokens)
+                move_centre(self.centre_tokens, output.teacher_tokens)
         ramp = linear_ramp(step, self.similarity_start, self.similarity_ramp)
         scale = {"l_r": 1.0, "l_dv": ramp, "l_st": ramp}
         total = torch.stack([self.weights[name] * scale[name] * term for name, term in terms.items()]).sum()
@@ -185,14 +190,13 @@ class AliceLoss(nn.Module):
         if self.similarity == "cosine":
             return cosine_distance(student, teacher).mean()
         if self.similarity == "dino":
-            target = torch.softmax((teacher - centre) / temperature, dim=-1)
-            return -(target * F.log_softmax(student / self.temperature, dim=-1)).sum(dim=-1).mean()
+            return centred_cross_entropy(student, teacher, centre, self.temperature, temperature).mean()
         if pooled_view:
             # a crop's own partner is right; the same crop seen by the teacher is no wrong answer, so only
             # one side (all Q, or all K) is offered at a time
             half = len(student) // 2
             sides = zip(student.split(half), teacher.split(half), strict=True)
-            return torch.stack([self._contrast(s, t) for s, t in sides]).mean()
+            return torch.stack([info_nce(s, t, self.temperature) for s, t in sides]).mean()
         # a token is told apart from the other tokens of its own crop: against other crops, knowing the patient
         # would be enough, which is what cross-patient features must not encode
         logits = (
@@ -201,20 +205,7 @@ class AliceLoss(nn.Module):
         right = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
         return F.cross_entropy(logits.flatten(0, 1), right.flatten())
 
-    def _contrast(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """InfoNCE of pooled rows (n, D) against the teacher's rows of all processes."""
-        keys = F.normalize(gather_rows(teacher), dim=-1)
-        logits = F.normalize(student, dim=-1) @ keys.T / self.temperature
-        right = torch.arange(len(student), device=student.device) + rank() * len(student)
-        return F.cross_entropy(logits, right)
-
     def _teacher_temperature(self, step: int) -> float:
         start, end = self.teacher_temperature
         share = min(step / self.teacher_warmup, 1.0) if self.teacher_warmup > 0 else 1.0
         return start + (end - start) * share
-
-    @torch.no_grad()
-    def _move_centre(self, centre: Tensor, teacher: Tensor) -> None:
-        """Running mean of the teacher's vectors, momentum 0.9 (the authors' code)."""
-        mean = mean_over_processes(teacher.float().flatten(0, -2).mean(dim=0))
-        centre.mul_(0.9).add_(mean, alpha=0.1)
