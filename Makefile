@@ -6,7 +6,7 @@ RUN = quickstart
 TRAIN = bundles/alice_pretrain/configs/train.yaml
 SMOKE = bundles/alice_pretrain/configs/smoke.yaml
 
-.PHONY: setup quickstart test fast check format docs smoke show bundles package test-label clean
+.PHONY: setup quickstart test fast check format docs smoke show bundles package test-label test-oldest clean
 
 setup: $(VENV)/.installed
 
@@ -81,6 +81,17 @@ test-label: setup
 	$(BIN)/python -W ignore -m custom.bundles.release unpacked build/label
 	$(ACCEPT) build/label/alice_seg_flare --beside build/label/alice_seg_btcv $(if $(STUDIES),--studies $(STUDIES))
 	$(ACCEPT) build/label/alice_seg_btcv --beside build/label/alice_seg_flare $(if $(STUDIES),--studies $(STUDIES))
+
+# the fast tests, and both segmentation bundles' inference, with the lowest versions that pyproject.toml allows.
+# PYTHON is 3.10 or 3.11 here (the oldest PyYAML has no wheel for later ones). The environment takes 8 GB.
+VENV_OLDEST ?= ../.venv-oldest
+OLDEST = OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n auto --dist loadfile
+test-oldest:
+	test ! -e $(VENV_OLDEST) || test -e $(VENV_OLDEST)/pyvenv.cfg
+	$(PYTHON) -m venv --clear $(VENV_OLDEST)
+	$(VENV_OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e . pytest pytest-xdist hypothesis jsonschema
+	$(OLDEST) -m "not slow and not gpu"
+	$(OLDEST) -m slow -k segmentation_zip_segments tests/test_release.py
 
 clean:
 	rm -rf build dist quickstart

@@ -275,7 +275,7 @@ class Bench:
             trainer = self.trainer(arm, rate, seed, max(steps, 1), folder)
             if arm.train:
                 trainer.run()
-                found = trainer.state.output | trainer.state.metrics
+                found = trainer.state.output[0] | trainer.state.metrics
                 result = {k: round(float(v), 4) for k, v in found.items()}
             trained = time.process_time() - started
         student = trainer.online.eval()

@@ -6,13 +6,16 @@ import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import zipfile
+from importlib.metadata import requires
 from pathlib import Path
 from types import SimpleNamespace
 
+import monai.bundle
 import nibabel as nib
 import numpy as np
 import pytest
@@ -252,7 +255,7 @@ def test_a_checkout_gets_the_second_form_by_one_command_as_often_as_you_like(toy
     assert json.loads(made[0].read_text()) == {"x": 2} and made[1].read_bytes() == before[1]
     (toy / "configs" / "train.yaml").write_text("loss: {_target_: custom.methods.alice.losses.AliceLoss}\n")
     made[0].unlink()
-    assert copies(toy) == {}  # programs that ask for the second form could not run this one
+    assert copies(toy).keys() == {"models/model.pt"}  # programs that read JSON could not run this one
 
 
 SEGMENTATION = [p.name for p in list_bundles(REPO / "bundles") if p.name.startswith("alice_seg")]
@@ -266,6 +269,37 @@ def test_segmentation_bundles_get_what_monai_label_and_load_ask_for(name):
     for config in ("train", "inference"):
         yaml = ConfigParser.load_config_file(bundle / "configs" / f"{config}.yaml")
         assert json.loads(made[f"configs/{config}.json"]) == yaml
+
+
+def test_the_landmark_bundle_opens_in_monais_tools_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(monai.bundle.scripts, "download", None)
+    bundle = tmp_path / "sam_landmarks"
+    shutil.copytree(REPO / "bundles" / "sam_landmarks", bundle)
+    write_copies(bundle)
+    state = monai.bundle.load("sam_landmarks", bundle_dir=str(tmp_path))
+    shipped = load_file(bundle / "models" / "model.safetensors")
+    assert state.keys() == shipped.keys() and all(torch.equal(state[k], v) for k, v in shipped.items())
+    files = {
+        "meta_file": str(bundle / "configs/metadata.json"),
+        "config_file": str(bundle / "configs/inference.yaml"),
+    }
+    monai.bundle.verify_net_in_out(net_id="fine_map", **files, device="cpu", bundle_root=str(bundle))
+
+
+def test_the_documented_installation_brings_what_a_segmentation_bundle_needs():
+    page = (REPO / "docs" / "releases.md").read_text(encoding="utf-8")
+    extras, more = re.search(r"`pip install \"monai\[(.+)\]\"`\n.+; to train, add `(.+)`", page).groups()
+    known = {
+        m[2]: m[1].lower()
+        for line in requires("monai")
+        if (m := re.match(r"([\w-]+).*extra == \"(\w+)\"", line))
+    }
+    brought = {known[extra] for extra in extras.split(",")} | set(more.split())
+    for name in SEGMENTATION:
+        metadata = json.loads((REPO / "bundles" / name / "configs" / "metadata.json").read_text())
+        needed = {package.lower() for package in metadata["required_packages_version"]}
+        assert needed <= brought, name
+        assert "einops" in needed
 
 
 @pytest.mark.slow

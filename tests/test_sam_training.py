@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from conftest import REPO, write_scan
 from ignite.engine import Events
 from monai.bundle import ConfigParser
+from monai.handlers import from_engine
 from monai.optimizers import WarmupCosineSchedule
 from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
@@ -395,7 +396,19 @@ def test_batch_norm_keeps_its_statistics_from_the_step_asked_for(two_mm, tmp_pat
     )
     trainer.run()
     assert len(seen) == 3 and not torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
-    assert set(trainer.state.output) == {"loss", "total", "fine", "coarse", "joint", "error_mm", "grad_norm"}
+    assert set(trainer.state.output[0]) == {
+        "loss",
+        "total",
+        "fine",
+        "coarse",
+        "joint",
+        "error_mm",
+        "grad_norm",
+    }
+    logged = from_engine(["loss"], first=True)(
+        trainer.state.output
+    )  # what --tracking mlflow logs at each step
+    assert logged == trainer.state.output[0]["loss"]
 
 
 def test_a_run_goes_on_from_a_checkpoint_to_the_bit(two_mm, tmp_path):

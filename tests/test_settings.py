@@ -90,10 +90,12 @@ amp: $@resume == 'never'
 net: {_target_: torch.nn.Linear, in_features: 2, out_features: '@steps'}
 check: {_target_: custom.bundles.preflight.preflight, may_be_null: {pattern: text}}
 made: []
+other: {net: '%net', steps: '%steps'}
 initialize:
 - $@check
 run:
 - $@made.append((@steps, @rate, @resume, @pattern, @amp, @net.bias is None))
+- $@made.append(@made[-1] if @other::steps == @steps else 'the copy has another value')
 """
 
 

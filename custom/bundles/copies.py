@@ -28,7 +28,7 @@ _OWN_CODE = re.compile(r"(?<![\w.])custom\.\w")
 def copies(bundle: Path) -> dict[str, bytes]:
     """Make the second forms of a bundle's files.
 
-    A bundle that needs this package gets none, since the programs that ask for them cannot run it.
+    A bundle that needs this package gets the weights alone, since the programs that read JSON cannot run it.
 
     Args:
         bundle: its folder.
@@ -39,10 +39,8 @@ def copies(bundle: Path) -> dict[str, bytes]:
     Raises:
         AliceError: if ``model.pt`` lies there and holds other weights than ``model.safetensors``.
     """
-    if needs_own_code(bundle):
-        return {}
     made = {}
-    for name in _CONFIGS:
+    for name in () if needs_own_code(bundle) else _CONFIGS:
         if (path := bundle / "configs" / f"{name}.yaml").is_file():
             content = json.dumps(ConfigParser.load_config_file(path), indent=1)
             made[f"configs/{name}.json"] = f"{content}\n".encode()

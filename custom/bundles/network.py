@@ -132,7 +132,7 @@ def load_whole(network: nn.Module, path: str | Path) -> dict[str, Tensor]:
             "Save network.module.state_dict() instead, or cut the prefix off."
         )
     try:
-        network.load_state_dict(dict(state))
+        network.load_state_dict(_fitting(network, state))
     except RuntimeError as error:
         faults = [line.strip()[:300] for line in str(error).splitlines()[1:]]
         more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -141,6 +141,14 @@ def load_whole(network: nn.Module, path: str | Path) -> dict[str, Tensor]:
             f"{path} does not fit {type(network).__name__} of the config:\n  {listed}{more}"
         ) from error
     return state
+
+
+def _fitting(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without what only some versions of MONAI make: cross-attention that no block uses."""
+    if any(getattr(module, "with_cross_attention", False) for module in network.modules()):
+        return state
+    unused = {name: tensor for name, tensor in network.state_dict().items() if "cross_attn." in name}
+    return {name: tensor for name, tensor in state.items() if "cross_attn." not in name} | unused
 
 
 def _preprocessing(transforms: Any) -> dict[str, Any]:

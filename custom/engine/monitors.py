@@ -117,7 +117,7 @@ class Monitors:
                 values["std_teacher"],
                 values["rank_teacher"],
             )
-        latest = engine.state.metrics | engine.state.output
+        latest = engine.state.metrics | engine.state.output[0]
         for alarm in engine.method.alarms(latest, engine.untrained):
             logger.warning("Step %d: %s", engine.state.iteration, alarm)
 

@@ -157,7 +157,7 @@ class Progress:
 
     def _step(self, engine: Any) -> None:
         assert self._bar is not None
-        output = engine.state.output
+        output = engine.state.output[0]
         self._bar.set_postfix({k: f"{output[k]:.3f}" for k in engine.method.terms}, refresh=False)
         self._bar.update()
 

@@ -260,7 +260,7 @@ class PretrainTrainer(Trainer):
         """Crops a sample."""
         return getattr(self.draws, "crops", 1)
 
-    def _iteration(self, engine: Any, batch: dict[str, Any]) -> dict[str, float]:
+    def _iteration(self, engine: Any, batch: dict[str, Any]) -> list[dict[str, float]]:
         step = self.state.iteration - 1  # ignite counts from 1
         torch.manual_seed(_mix(self.seed, step, rank()))
         self.method.start_step(step)
@@ -296,7 +296,7 @@ class PretrainTrainer(Trainer):
             with self.section("ema"):
                 self.ema.update(self.schedule.ema(step))
         self._count(batch)
-        return {"loss": self._values["total"], **self._values}
+        return [{"loss": self._values["total"], **self._values}]  # a list, as MONAI's own trainers leave it
 
     def forward(
         self, batch: dict[str, Any], step: int, student: nn.Module | None = None

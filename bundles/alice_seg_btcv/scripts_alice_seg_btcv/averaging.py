@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .weights import read_state
+from .weights import fitting, read_state
 
 Network = Callable[[Tensor], Tensor]
 
@@ -50,7 +50,7 @@ class Ensemble:
         self.inferer, self.networks = inferer, []
         for path in checkpoints:
             member = copy.deepcopy(network)
-            member.load_state_dict(read_state(str(path)), strict=True)
+            member.load_state_dict(fitting(member, read_state(str(path))), strict=True)
             self.networks.append(member.to(device).eval())
 
     def __call__(self, image: Tensor, network: Network) -> Tensor:

@@ -162,7 +162,11 @@ class Settings:
         self._foreign = tracking | {"_meta_", "_mlflow_"}
         self._config, self._used = config, used_paths(config, roots)
         told = [message for path, message, file in self._unknown if not self._may_be_new(path, file)]
+        self._copied: list[tuple[KeyPath, KeyPath]] = []
         told += self._walk(config, self.stages, ())
+        for copy, original in self._copied:
+            below = {k: v for k, v in self.corrections.items() if k[: len(original)] == original}
+            self.corrections |= {(*copy, *k[len(original) :]): v for k, v in below.items()}
         return list(dict.fromkeys(told))
 
     def _may_be_new(self, path: KeyPath, file: Path | None) -> bool:
@@ -174,7 +178,7 @@ class Settings:
 
     def _walk(self, node: Any, known: list[Any], path: KeyPath) -> Iterator[str]:
         """Problems of a node of the config; ``known`` is what the files hold there."""
-        if any(same(node, value) for value in known):
+        if any(same(node, value) or self._is_copy(node, value, path) for value in known):
             return
         if isinstance(node, dict) and (not known or any(isinstance(value, dict) for value in known)):
             yield from self._walk_object(node, [v for v in known if isinstance(v, dict)], path)
@@ -184,6 +188,17 @@ class Settings:
                 yield from self._walk(value, [v[i] for v in lists if i < len(v)], (*path, str(i)))
         elif path:
             yield from self._check(node, known, path)
+
+    def _is_copy(self, node: Any, value: Any, path: KeyPath) -> bool:
+        """Whether a file has ``%original`` here, and ``node`` is the copy that MONAI puts in."""
+        if not isinstance(value, str) or not value.startswith("%"):
+            return False
+        original = tuple(parts_of(value[1:]))
+        there = value_at(self._config, original, MISSING)
+        if there is not MISSING and not same(node, there):
+            return False
+        self._copied.append((path, original))
+        return True  # the value of another file's key is not looked at
 
     def _walk_object(self, node: dict[str, Any], known: list[dict[str, Any]], path: KeyPath) -> Iterator[str]:
         target = node.get("_target_")

@@ -36,6 +36,18 @@ def read_state(path: str) -> dict[str, Tensor]:
     return state.get("model", state) if isinstance(state, dict) else state
 
 
+def fitting(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as a network takes it, whichever version of MONAI made either of them.
+
+    MONAI 1.4 and 1.5 make cross-attention in every transformer block, 1.6 only where it is used. What a network
+    makes and does not use keeps its values.
+    """
+    if any(getattr(module, "with_cross_attention", False) for module in network.modules()):
+        return dict(state)
+    unused = {name: tensor for name, tensor in network.state_dict().items() if "cross_attn." in name}
+    return {name: tensor for name, tensor in state.items() if "cross_attn." not in name} | unused
+
+
 class LoadWeights:
     """Handler that fills a network when the run starts: all of its tensors, or an error.
 
@@ -54,7 +66,7 @@ class LoadWeights:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Any) -> None:
-        self.network.load_state_dict(read_state(self.path), strict=True)
+        self.network.load_state_dict(fitting(self.network, read_state(self.path)), strict=True)
         logger.info(f"Restored all tensors from {self.path}")
 
 
@@ -120,7 +132,7 @@ def with_encoder(network: nn.Module, encoder: nn.Module, pretrained: str | None)
         RuntimeError: if a tensor is missing, extra or of another shape.
     """
     if pretrained:
-        encoder.load_state_dict(read_state(str(pretrained)), strict=True)
+        encoder.load_state_dict(fitting(encoder, read_state(str(pretrained))), strict=True)
     return network
 
 
@@ -139,7 +151,8 @@ def misfit_of(network: nn.Module, state: Mapping[str, Tensor]) -> str:
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         return "it holds no state dict"
     want, have = (
-        {name: list(tensor.shape) for name, tensor in s.items()} for s in (network.state_dict(), state)
+        {name: list(tensor.shape) for name, tensor in s.items()}
+        for s in (network.state_dict(), fitting(network, state))
     )
     if not want:
         return ""

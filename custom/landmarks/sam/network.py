@@ -255,6 +255,17 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+class FineMap(nn.Module):
+    """SAM's fine map alone, for tools that take one output, such as MONAI's ``verify_net_in_out``."""
+
+    def __init__(self, sam: SAM) -> None:
+        super().__init__()
+        self.sam = sam
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sam(x).fine
+
+
 def _check_volume(x: Tensor) -> None:
     if x.ndim != 5 or x.shape[1] != 1 or x.shape[2] < 2 or min(x.shape[3:]) < 1:
         raise AliceError(f"SAM embeds volumes (B, 1, Z, Y, X) with two slices or more, got {tuple(x.shape)}.")
