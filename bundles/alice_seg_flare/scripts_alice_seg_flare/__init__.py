@@ -14,12 +14,18 @@ from pathlib import Path
 from types import ModuleType
 
 from . import (
+    agreement,
     averaging,
     body,
     cases,
     chance,
     checks,
+    examine,
+    files,
+    labels,
+    layouts,
     losses,
+    refusals,
     resume,
     scans,
     scores,
@@ -29,8 +35,8 @@ from . import (
 )
 
 __all__ = [
-    "averaging", "body", "cases", "chance", "checks", "losses", "of", "resume", "scans", "scores", "settings", "stop",
-    "training", "weights",
+    "agreement", "averaging", "body", "cases", "chance", "checks", "examine", "files", "labels", "layouts", "losses",
+    "of", "refusals", "resume", "scans", "scores", "settings", "stop", "training", "weights",
 ]  # fmt: skip
 
 
