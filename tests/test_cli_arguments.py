@@ -29,7 +29,24 @@ def given(monkeypatch):
 
 
 def test_words_are_read_as_the_function_declares_them(given):
-    main(["scan", "f", "--hash_ids", "false", "--workers", "3", "--share", "1e-2", "--sizes", "1,2.5", "--against", "a,b", "--check", "off"])
+    main(
+        [
+            "scan",
+            "f",
+            "--hash_ids",
+            "false",
+            "--workers",
+            "3",
+            "--share",
+            "1e-2",
+            "--sizes",
+            "1,2.5",
+            "--against",
+            "a,b",
+            "--check",
+            "off",
+        ]
+    )
     assert {k: given[k] for k in ("hash_ids", "workers", "share", "sizes", "against", "check")} == {
         "hash_ids": False, "workers": 3, "share": 0.01, "sizes": [1, 2.5], "against": ["a", "b"], "check": False,
     }  # fmt: skip

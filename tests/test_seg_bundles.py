@@ -590,7 +590,7 @@ def test_what_is_no_ct_is_refused_by_name(tmp_path, fill, message):
     ("prefix", r"m.pt does not fit the network: every name starts with module., as DataParallel saves them"),
     ("other", r"m.pt does not fit the network: out.conv.conv.weight is \[3, 4, 1, 1, 1\], not \[14, 4, 1, 1, 1\]\."),
     ("short", r"m.pt does not fit the network: out.conv.conv.bias is missing, not \[14\]\."),
-    ("list", r"m.pt does not fit the network: it holds no state dict\."),
+    ("list", r"m.pt does not fit the network: it holds no state dict, but a list\."),
 ])  # fmt: skip
 def test_weights_of_another_network_are_refused_by_name(cohort, weights, tmp_path, fault, message):
     state = torch.load(weights, weights_only=True)

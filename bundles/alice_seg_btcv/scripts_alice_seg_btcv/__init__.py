@@ -30,13 +30,14 @@ from . import (
     scans,
     scores,
     settings,
+    state_dicts,
     training,
     weights,
 )
 
 __all__ = [
     "agreement", "averaging", "body", "cases", "chance", "checks", "examine", "files", "labels", "layouts", "losses",
-    "of", "refusals", "resume", "scans", "scores", "settings", "stop", "training", "weights",
+    "of", "refusals", "resume", "scans", "scores", "settings", "state_dicts", "stop", "training", "weights",
 ]  # fmt: skip
 
 
