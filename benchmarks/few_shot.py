@@ -30,10 +30,10 @@ from few_shot_plan import Plan, Run, finetune_words, predict_words, pretrain_wor
 from tqdm import tqdm
 
 from custom.cli.weights import export
+from custom.data.layouts import case_name
 from custom.data.scans import Scan, list_scans
 from custom.evaluation.scores.csv_rows import write_rows
 from custom.evaluation.scores.score_folder import plain_rule, score_folder
-from custom.evaluation.splits.datalists import case_name
 from custom.files import write_text
 
 TOLERANCE_MM = 2.0  # of the NSD; that of alice score --rules plain

@@ -184,15 +184,6 @@ class Mapped:
                 )
 
 
-def path_in(folder: Path, text: str) -> Path:
-    """A path that a text file gives relative to its folder; Windows' back-slashes count as slashes.
-
-    A name that holds a back-slash, as other systems allow, is found as it is.
-    """
-    path = folder / text
-    return path if "\\" not in text or path.exists() else folder / text.replace("\\", "/")
-
-
 def is_plain_name(name: object) -> bool:
     """Whether a name from a file, header or index can name a file in a folder: it has one part and leads nowhere else."""
     return (

@@ -13,7 +13,6 @@ from custom.errors import AliceError
 from custom.files import (
     Mapped,
     is_plain_name,
-    path_in,
     read_json,
     read_text,
     read_torch,
@@ -135,14 +134,6 @@ def test_a_missing_text_is_named(tmp_path):
         read_json(tmp_path / "gone.json")
     with pytest.raises(AliceError, match=r"cannot be read \(Is a directory\)"):
         read_text(tmp_path)
-
-
-def test_back_slashes_count_as_slashes_unless_a_file_is_called_so(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "b").touch()
-    assert path_in(tmp_path, "a\\b") == tmp_path / "a" / "b"
-    (tmp_path / "a\\b").touch()
-    assert path_in(tmp_path, "a\\b") == tmp_path / "a\\b"
 
 
 def test_what_torch_saved_is_read_and_nothing_else(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 from monai.data import load_decathlon_datalist
 from seg_bundles import names_of, parser_of, write_case
 
-from custom.evaluation.splits.datalists import case_name, make_datalist, write_datalist
+from custom.data.layouts import case_name
+from custom.evaluation.splits.datalists import make_datalist, write_datalist
 
 ORGANS = [f"organ {i}" for i in range(1, 14)]
 
@@ -83,7 +84,7 @@ def test_faults_are_named(tmp_path, fault, message):
 
 
 def test_case_names_are_those_of_train_yaml():
-    case_of = parser_of("train").get_parsed_content("scripts").cases.case_of
+    case_of = parser_of("train").get_parsed_content("scripts").layouts.case_name
     for name, case in {
         "FLARE22_Tr_0001_0000.nii.gz": "FLARE22_Tr_0001", "img0001.nii.gz": "0001", "label0001.nii": "0001",
         "DET0000101_avg_seg.nii.gz": "DET0000101", "liver_0.nii.gz": "liver_0",

@@ -226,7 +226,7 @@ def test_a_run_that_has_all_its_epochs_is_not_trained_again(cohort, tmp_path, ca
     stopped(cohort, tmp_path, iteration)
     before = (tmp_path / "checkpoints" / "last.pt").read_bytes()
     with pytest.raises(SystemExit) as ended:
-        bundle_run("train", **settings_of(cohort, tmp_path, epochs=epochs, resume=True))
+        bundle_run("train", **settings_of(cohort, tmp_path, epochs=epochs, resume=True, val_interval=1))
     assert ended.value.code == 0
     assert f"alice_seg: {tmp_path} has all its {epochs} epochs." in capsys.readouterr().out
     assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == before

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from custom.errors import AliceError
 from custom.files import read_json, read_torch
 from custom.transfer.encoder_weights import WeightsError, sha256_of
+from custom.transfer.state_dicts import is_state, told_keys, way_out
 
 _CONFIGS = ("inference.json", "inference.yaml", "inference.yml")
 
@@ -121,19 +122,19 @@ def load_whole(network: nn.Module, path: str | Path) -> dict[str, Tensor]:
         )
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not readable as weights ({error}).") from error
+    content = state
     if isinstance(state, dict) and isinstance(state.get("model"), Mapping):
         state = state["model"]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{path}: holds no state dict, neither by itself nor under 'model'.")
+    wanted = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    if not is_state(state):
+        way = way_out(str(path), content, wanted) or told_keys(content)
+        raise WeightsError(f"{path}: holds no state dict, neither by itself nor under 'model': {way}.")
     state = dict(state)
-    if all(key.startswith("module.") for key in state):
-        raise WeightsError(
-            f"{path}: every name starts with 'module.', so it was saved from DataParallel or DDP. "
-            "Save network.module.state_dict() instead, or cut the prefix off."
-        )
     try:
         network.load_state_dict(_fitting(network, state))
     except RuntimeError as error:
+        if way := way_out(str(path), content, wanted):
+            raise WeightsError(f"{path} does not fit {type(network).__name__}: {way}.") from error
         faults = [line.strip()[:300] for line in str(error).splitlines()[1:]]
         more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
         listed = "\n  ".join(faults[:5])

@@ -28,7 +28,7 @@ def datalist(
     Args:
         source: folder (FLARE22, BTCV, MSD, CASE_seg beside CASE, ...), or a datalist without folds.
         o: the JSON to write; paths in it are relative to its folder.
-        classes: flare22, btcv, or names in label order, "liver,spleen".
+        classes: flare22, btcv, or names in label order, "liver,spleen". A dataset.json that names others is refused.
         folds: the patients are dealt into so many; 0 deals none.
         seed: of the deal, and of the few-shot order.
         patient_pattern: regular expression on the path; its first group is the patient.
@@ -58,6 +58,8 @@ def datalist(
     if made.problems:
         raise AliceError("; ".join(made.problems))
     write_datalist(o, made.content)
+    if made.left_out:
+        print(f"Left out: {len(made.left_out)} images of folders without labels, {made.left_out[0]}, ...")
     patients = {record["patient"] for record in made.content["training"]}
     print(f"{o}: {made.content['numTraining']} cases of {len(patients)} patients in {folds} folds.")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from custom.data.formats.dicom_header import is_dicom
 from custom.data.formats.reasons import Reason
+from custom.data.layouts import IMAGE_SUFFIXES, is_passed_over
 
-IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _MAYBE_DICOM = re.compile(r"^(\.\d*|)$")  # a UID ends in digits
 _OTHER_SUFFIXES = {".npz", ".npy", ".h5", ".hdf5", ".mat", ".mgz", ".mgh", ".mnc", ".hdr", ".zip", ".tar", ".tgz",
@@ -33,11 +33,6 @@ class Folder:
     path: Path
     files: list[os.DirEntry] = field(default_factory=list)
     problems: list[tuple[Path, Reason]] = field(default_factory=list)
-
-
-def is_passed_over(name: str) -> bool:
-    """Whether a file or folder is none of the user's: hidden (``.DS_Store``, AppleDouble's ``._x``), or ``__MACOSX``."""
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def walk(root: Path, others: Counter[str] | None = None, leave: bool = True) -> Iterator[Folder]:

@@ -11,17 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from custom.data.errors import ScanError
-from custom.data.folder_walk import IMAGE_SUFFIXES, passed_over, scan_files
+from custom.data.folder_walk import passed_over, scan_files
 from custom.data.formats.open_scan import open_scan
 from custom.data.formats.reasons import Fault, Reason
-from custom.files import is_plain_name, path_in, read_json
+from custom.data.layouts import IMAGE_SUFFIXES, entries_of, pair, path_beside, stem
+from custom.files import is_plain_name, read_json
 
 logger = logging.getLogger(__name__)
 
 NO_AIR_HU = -200  # a scan with no value below this shows no air (ours)
-_LABEL_NAME = re.compile(r"(^|[_\-. ])(labels?|seg|segmentation|mask)$|^label\d+$", re.IGNORECASE)
-_LABEL_FOLDER = re.compile(r"^(labels?|masks?|seg(mentation)?s?)(tr|ts|va)?$", re.IGNORECASE)
-_IMAGE_TAIL = re.compile(r"([_\-](ct|image|img|\d{4}))$", re.IGNORECASE)
 # TCGA patient barcodes: the first three fields name the patient (https://docs.gdc.cancer.gov/Encyclopedia)
 TCGA_BARCODE = re.compile(r"TCGA-\w{2}-\w{4}", re.IGNORECASE)
 
@@ -53,9 +51,9 @@ def list_scans(source: str | Path, patient_pattern: str | None = None) -> list[S
     Hidden files and ``__MACOSX`` are passed over. DICOM and images of other formats are passed over with a warning.
 
     A file is a label, and is paired with its image, if its name ends in ``_label``, ``_seg`` or ``_mask``, or if its
-    folder is called ``labels``, ``labelsTr`` and the like. A datalist is in MONAI's or the MSD's format: a list of
-    ``{"image": ..., "label": ..., "patient": ...}`` (or of paths), or an object with such lists under ``training`` or
-    other keys. Its paths are relative to the JSON.
+    folder is called ``labels``, ``labelsTr`` and the like (:mod:`custom.data.layouts`). A datalist is in MONAI's, the MSD's
+    or nnU-Net's format: a list of ``{"image": ..., "label": ..., "patient": ...}`` (or of paths), or an object with such
+    lists under ``training`` or other keys. Its paths are relative to the JSON.
 
     Args:
         source: folder or JSON.
@@ -88,51 +86,28 @@ def list_scans(source: str | Path, patient_pattern: str | None = None) -> list[S
 
 
 def _folder_records(folder: Path) -> list[dict]:
-    files = scan_files(folder)
-    labels = {pair_key(p): p for p in files if is_label(p)}
-    records = []
-    for image in (p for p in files if not is_label(p)):
-        # a case number may look like nnU-Net's channel number, so the whole name is tried first
-        whole, cut = pair_key(image), pair_key(image, cut_tail=True)
-        records.append({"image": image, "label": labels.pop(whole, None) or labels.pop(cut, None)})
-    if labels:
-        listed = ", ".join(str(p.relative_to(folder)) for p in list(labels.values())[:3])
-        logger.warning("%s: %d label file(s) pair with no image, %s ...", folder, len(labels), listed)
-    return records
-
-
-def is_label(path: Path) -> bool:
-    """Whether a file is a label, by its name or that of its folder."""
-    return bool(_LABEL_NAME.search(stem(path)) or _LABEL_FOLDER.match(path.parent.name))
-
-
-def pair_key(path: Path, cut_tail: bool = False) -> tuple[str, str]:
-    """What an image and its label have in common: the name of the case, and the folder above ``images``/``labels``."""
-    name = re.sub(r"[_\-. ]?(labels?|seg|segmentation|mask)$", "", stem(path), flags=re.IGNORECASE)
-    name = re.sub(r"^(label|img|image)(?=\d)", "", name, flags=re.IGNORECASE)
-    name = _IMAGE_TAIL.sub("", name) if cut_tail else name
-    sub = re.match(
-        r"^(images?|labels?|masks?|segs?|segmentations?)(tr|ts|va)?$", path.parent.name, re.IGNORECASE
-    )
-    folder = path.parent.parent if sub else path.parent
-    return str(folder), name.lower()
+    found = pair(scan_files(folder))
+    label_of = dict(found.pairs)
+    if found.alone:
+        listed = ", ".join(str(p.relative_to(folder)) for p in found.alone[:3])
+        logger.warning("%s: %d label file(s) pair with no image, %s ...", folder, len(found.alone), listed)
+    for kept, other in found.doubles:
+        logger.warning("%s: not read, since %s is a label of the same image.", other, kept)
+    images = sorted([*label_of, *found.unlabelled, *found.left_out])
+    return [{"image": image, "label": label_of.get(image)} for image in images]
 
 
 def _datalist_records(path: Path) -> list[dict]:
     content = read_json(path, error=ScanError, advice="A datalist is a JSON list of images.")
     if not isinstance(content, list | dict):
         raise ScanError(f"{path}: holds {str(content)[:20]!r}. A datalist is a JSON list of images.")
-    groups = [content] if isinstance(content, list) else [v for v in content.values() if isinstance(v, list)]
-    records = []
-    for entry in (e for group in groups for e in group):
-        entry = {"image": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-            continue
-        record = dict(entry)
+    records = entries_of(content)
+    if not records and isinstance(content, dict) and "file_ending" in content:  # nnU-Net v2's dataset.json
+        return _folder_records(path.parent)
+    for record in records:
         for key in ("image", "label"):
             if isinstance(record.get(key), str):
-                record[key] = path_in(path.parent, record[key])
-        records.append(record)
+                record[key] = path_beside(path.parent, record[key])
     return records
 
 
@@ -172,14 +147,6 @@ def _patient_of(path: str, short: str, pattern: re.Pattern | None) -> str:
     if found is None:
         return short
     return found.group(1) if found.groups() else found.group(0)
-
-
-def stem(path: Path) -> str:
-    """The name of a scan's file without its suffix; ``.nii.gz`` counts as one suffix."""
-    for suffix in IMAGE_SUFFIXES:
-        if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)]
-    return path.stem
 
 
 def read_volume(path: Path, any_grid: bool = True) -> tuple[np.ndarray, np.ndarray]:

@@ -25,6 +25,7 @@ from custom.encoders.positions import resize_positions
 from custom.errors import AliceError
 from custom.files import parse_json, read_json, read_torch, replacing, write_text
 from custom.landmarks.sam.weights import sha256_of
+from custom.transfer.state_dicts import told_keys, way_out
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,14 @@ _CONV, _LINEAR = "patch_embedding.patch_embeddings.weight", "patch_embedding.pat
 
 class WeightsError(AliceError):
     """Weights that do not fit, or a file that cannot be read; the message names every tensor or the file."""
+
+
+class Wrapped(WeightsError):
+    """A file whose tensors, if it has any, lie deeper than those of an encoder's file do; ``content`` is all of it."""
+
+    def __init__(self, message: str, content: Any) -> None:
+        super().__init__(message)
+        self.content = content
 
 
 @dataclass
@@ -147,7 +156,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if isinstance(state, dict) and "student" in state
             else "something other than a state dict"
         )
-        raise WeightsError(f"{path}: holds {kind}, not encoder weights.")
+        raise Wrapped(f"{path}: holds {kind}, not encoder weights; {told_keys(state)}.", state)
     if "sha256" in metadata and sha256_of(state) != metadata["sha256"]:
         raise WeightsError(f"{path}: the weights differ from their checksum. Copy or export the file again.")
     return state, metadata
@@ -179,9 +188,14 @@ def load_encoder(
     Raises:
         WeightsError: naming every missing, extra and mis-shaped tensor, and the argument that would help.
     """
-    state, metadata = read_weights(path)
     encoder, own_grid = _encoder_of(network)
     wanted = _encoder_tensors(network, encoder)
+    try:
+        state, metadata = read_weights(path)
+    except Wrapped as error:
+        if way := _way_out(path, error.content, wanted):
+            raise WeightsError(f"{path} does not fit {type(network).__name__}: {way}.") from error
+        raise
     report = LoadReport(str(path), type(network).__name__, metadata=metadata)
 
     state, wanted = _without_unused(state, wanted, report)
@@ -208,6 +222,8 @@ def load_encoder(
             report.adapted[name] = how
         filled[name] = fitted
     if faults:
+        if way := _way_out(path, state, wanted):
+            raise WeightsError(f"{path} does not fit {type(network).__name__}; nothing was loaded: {way}.")
         listed = "\n  ".join(faults)
         raise WeightsError(f"{path} does not fit {type(network).__name__}; nothing was loaded:\n  {listed}")
     with torch.no_grad():
@@ -217,6 +233,11 @@ def load_encoder(
     if verbose:
         print(report)
     return report
+
+
+def _way_out(path: str | Path, content: Any, wanted: dict[str, Tensor]) -> str:
+    used = {name: list(tensor.shape) for name, tensor in wanted.items() if "cross_attn" not in name}
+    return way_out(str(path), content, used)
 
 
 def build_encoder(metadata: dict[str, Any]) -> nn.Module:

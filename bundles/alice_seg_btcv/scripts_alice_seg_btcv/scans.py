@@ -1,21 +1,15 @@
-"""Files: which scans to segment, and which files are cut short."""
+"""Which scans to segment."""
 
 from __future__ import annotations
 
-import glob
-import gzip
-import json
-import math
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-import nibabel
-
-_SUFFIX = re.compile(r"[.](nii|nii[.]gz|nrrd|mha)$")
-_PARTS = ("training", "validation", "testing", "test")
+from .files import dicom_folders, files_below, output_problems, read_json
+from .layouts import IMAGE_SUFFIXES, entries_of, is_label, path_beside, stem
 
 
 def find_scans(dataset_dir: str, label_folders: Sequence[str]) -> list[dict[str, str]]:
@@ -23,92 +17,65 @@ def find_scans(dataset_dir: str, label_folders: Sequence[str]) -> list[dict[str,
 
     Args:
         dataset_dir: a folder (searched at any depth), one scan, or a datalist JSON with paths relative to itself.
-        label_folders: names of folders that hold labels. They are left out, and so are ``*_label``, ``*_seg`` and
-            ``*_mask``.
+        label_folders: more names of folders that hold labels. Labels are left out: see ``layouts.py``.
 
     Returns:
-        One ``{"image": path}`` for each scan.
+        One ``{"image": path}`` for each scan, and for each folder of DICOM, which is refused later with a way out.
     """
-    root = str(dataset_dir)
-    if root.endswith(".json"):
-        with open(root, encoding="utf-8") as file:
-            content = json.load(file)
-        entries = [entry for part, entries in content.items() if part in _PARTS for entry in entries]
-        names = [entry["image"] if isinstance(entry, dict) else entry for entry in entries]
-        return [{"image": os.path.join(os.path.dirname(root), name)} for name in names]
-    if os.path.isfile(root):
-        return [{"image": root}]
-    found = glob.glob(os.path.join(root, "**", "*.*"), recursive=True)
-    return [{"image": path} for path in sorted(found) if _is_scan(path, label_folders)]
+    root = Path(dataset_dir)
+    if root.suffix.lower() == ".json":
+        if _unreadable(root):
+            return []
+        listed = entries_of(read_json(root))
+        if listed:
+            return [{"image": str(path_beside(root.parent, entry["image"]))} for entry in listed]
+        root = root.parent  # nnU-Net v2's dataset.json lists no case
+    if root.is_file():
+        return [{"image": str(root)}]
+    files = files_below(root)
+    scans = [p for p in files if p.name.lower().endswith(IMAGE_SUFFIXES) and not is_label(p, label_folders)]
+    return [{"image": str(path)} for path in sorted([*scans, *dicom_folders(files)])]
 
 
-def _is_scan(path: str, label_folders: Sequence[str]) -> bool:
-    folder = os.path.basename(os.path.dirname(path))
-    return (
-        bool(_SUFFIX.search(path))
-        and not re.search("_(label|seg|mask)[.]", path)
-        and folder not in label_folders
-    )
-
-
-def inference_problems(data: Sequence[dict[str, Any]], dataset_dir: str) -> list[str]:
-    """Say what keeps the scans from being segmented: none found, files cut short, two results of one name.
+def inference_problems(
+    data: Sequence[dict[str, Any]], dataset_dir: str, output_dir: str | None = None
+) -> list[str]:
+    """Say what keeps all scans from being segmented: none found, two results of one name, nowhere to write.
 
     Args:
         data: ``{"image": path}`` of each scan.
         dataset_dir: where they were looked for.
+        output_dir: where the results go.
 
     Returns:
-        At most one sentence.
+        At most one sentence for each.
     """
     paths = [str(record["image"]) for record in data]
+    if not paths and (why := _unreadable(Path(dataset_dir))):
+        return [f"dataset_dir: {why}."]
     if not paths:
         return [f"dataset_dir: no scan found in {dataset_dir}."]
-    if damaged := damaged_files(paths):
-        return damaged
     by_name = sorted(paths, key=_without_suffix)
     same = [f"{a} and {b}" for a, b in pairwise(by_name) if _without_suffix(a) == _without_suffix(b)]
-    return [f"dataset_dir: scans whose segmentations would have one name: {', '.join(same)}."] if same else []
+    told = [f"dataset_dir: scans whose segmentations would have one name: {', '.join(same)}."] if same else []
+    return told + (output_problems(output_dir=output_dir) if output_dir else [])
+
+
+def _unreadable(datalist: Path) -> str:
+    """Why a datalist cannot be read; "" if it can, or is none."""
+    try:
+        if datalist.suffix.lower() == ".json":
+            read_json(datalist)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _without_suffix(path: str) -> str:
-    return _SUFFIX.sub("", path)
+    return str(Path(path).with_name(stem(Path(path))))
 
 
 def common_folder(data: Sequence[dict[str, Any]]) -> str:
     """The deepest folder that holds all images; results keep their folders below it."""
     folders = [os.path.dirname(os.path.abspath(str(record["image"]))) for record in data]
     return os.path.commonpath(folders) if folders else ""
-
-
-def damaged_files(paths: Iterable[str]) -> list[str]:
-    """Name the damaged files among ``paths`` in at most one sentence."""
-    damaged = [path for path in paths if is_damaged(path)]
-    return [f"dataset_dir: cut short or damaged, copy again: {', '.join(damaged)}."] if damaged else []
-
-
-def is_damaged(path: str) -> bool:
-    """Whether a NIfTI file is cut short or no NIfTI at all. Files of other formats are not looked at."""
-    if not re.search("[.]nii([.]gz)?$", path) or not os.path.isfile(path):
-        return False
-    try:
-        return not _is_whole(path)
-    except Exception:  # a damaged file makes readers raise almost anything
-        return True
-
-
-def _is_whole(path: str) -> bool:
-    voxels = nibabel.load(path).dataobj
-    end = voxels.offset + math.prod(int(side) for side in voxels.shape) * voxels.dtype.itemsize
-    if path.endswith(".nii"):
-        return os.path.getsize(path) >= end
-    # the last four bytes of a .gz give the size of its content; only where that differs, all of it is read
-    with open(path, "rb") as file:
-        file.seek(-4, os.SEEK_END)
-        told = int.from_bytes(file.read(), "little")
-    return told == end % 2**32 or _unpacked_size(path) >= end
-
-
-def _unpacked_size(path: str) -> int:
-    with gzip.open(path) as file:
-        return sum(map(len, iter(lambda: file.read(2**24), b"")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -75,7 +76,7 @@ def decoder_and_encoder(network: nn.Module, encoder: nn.Module) -> list[dict[str
     ]
 
 
-def sawtooth(total_steps: int, turn: int) -> list[Callable[[int], float]]:
+def sawtooth(total_steps: int, turn: int, groups: int = 2) -> list[Callable[[int], float]]:
     """Factors of the learning rate of decoder and encoder: two teeth, in the first of which the encoder rests.
 
     A tooth warms up for a twentieth of the run, then falls as a cosine to 0.
@@ -83,7 +84,12 @@ def sawtooth(total_steps: int, turn: int) -> list[Callable[[int], float]]:
     Args:
         total_steps: of the run.
         turn: step at which the second tooth begins.
+        groups: of the optimizer. The program ends if they are not decoder and encoder.
     """
+    if groups != 2:
+        sys.exit(
+            f"alice_seg: sawtooth.yaml has 2 groups of parameters, not {groups}; layer_decay.yaml does not go with it."
+        )
     warmup = max(1, total_steps // 20)
 
     def tooth(at: int, length: int) -> float:

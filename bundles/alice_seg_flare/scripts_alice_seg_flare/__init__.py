@@ -14,23 +14,30 @@ from pathlib import Path
 from types import ModuleType
 
 from . import (
+    agreement,
     averaging,
     body,
     cases,
     chance,
     checks,
+    examine,
+    files,
+    labels,
+    layouts,
     losses,
+    refusals,
     resume,
     scans,
     scores,
     settings,
+    state_dicts,
     training,
     weights,
 )
 
 __all__ = [
-    "averaging", "body", "cases", "chance", "checks", "losses", "of", "resume", "scans", "scores", "settings", "stop",
-    "training", "weights",
+    "agreement", "averaging", "body", "cases", "chance", "checks", "examine", "files", "labels", "layouts", "losses",
+    "of", "refusals", "resume", "scans", "scores", "settings", "state_dicts", "stop", "training", "weights",
 ]  # fmt: skip
 
 

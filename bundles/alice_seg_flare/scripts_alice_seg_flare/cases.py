@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from monai.data import load_decathlon_datalist
-
-from .scans import damaged_files
+from .files import files_below, is_dicom, read_json
+from .labels import LabelMap, label_problems
+from .layouts import (
+    IMAGE_SUFFIXES,
+    Pairs,
+    case_name,
+    entries_of,
+    is_image_folder,
+    is_label,
+    pair,
+    path_beside,
+)
 
 Record = dict[str, Any]  # image, label; optionally patient, fold, order
 
@@ -26,14 +35,16 @@ class Cases:
     ``custom.evaluation.splits.folds`` deals in the same way.
 
     Args:
-        dataset_dir: a folder with image and label folders at any depth, or a datalist JSON in the Decathlon's form.
+        dataset_dir: a folder with image and label folders at any depth, or a datalist JSON in the form of the Decathlon or
+            of nnU-Net.
         fold: the fold that is held back, counted from 0.
         labelled: share in (0, 1] of the other patients that train, or a number of them.
         folds: number of folds.
         fold_seed: of the folds, and of which patients a few-shot run sees.
         stored_folds: JSON file with the published folds: 5 of them, of seed 0.
-        image_folders: names of folders that hold images.
-        label_folders: names of folders that hold labels.
+        image_folders: more names of folders that hold images; see ``layouts.py``.
+        label_folders: more names of folders that hold labels.
+        leave_out: names of cases that are not used.
     """
 
     def __init__(
@@ -46,41 +57,62 @@ class Cases:
         stored_folds: str,
         image_folders: Sequence[str],
         label_folders: Sequence[str],
+        leave_out: Sequence[str] = (),
     ) -> None:
         self.dataset_dir, self.fold, self.labelled = str(dataset_dir), fold, labelled
         self.folds, self.fold_seed, self.stored_folds = folds, fold_seed, stored_folds
         self.image_folders, self.label_folders = image_folders, label_folders
-
-    @property
-    def is_datalist(self) -> bool:
-        """Whether the cases come from a JSON."""
-        return self.dataset_dir.endswith(".json")
+        self.leave_out = {str(case) for case in leave_out}
 
     @cached_property
-    def files(self) -> list[str]:
-        """All NIfTI files below the folder."""
-        return sorted(glob.glob(os.path.join(self.dataset_dir, "**", "*.nii*"), recursive=True))
-
-    def _files_in(self, folders: Sequence[str]) -> list[str]:
-        return [path for path in self.files if os.path.basename(os.path.dirname(path)) in folders]
-
-    @cached_property
-    def image_files(self) -> dict[str, str]:
-        """Case -> image."""
-        return {case_of(path): path for path in self._files_in(self.image_folders)}
+    def content(self) -> Any:
+        """What a datalist holds; None for a folder, the error for what cannot be read."""
+        if not self.dataset_dir.lower().endswith(".json"):
+            return None
+        try:
+            return read_json(self.dataset_dir)
+        except ValueError as error:
+            return error
 
     @cached_property
-    def label_files(self) -> dict[str, str]:
-        """Case -> label."""
-        return {case_of(path): path for path in self._files_in(self.label_folders)}
+    def entries(self) -> list[Record] | None:
+        """The cases that a datalist lists; None for a folder, or for nnU-Net v2's ``dataset.json``, which lies in one."""
+        content = self.content
+        if content is None:
+            return None
+        if isinstance(content, ValueError):
+            return []
+        if isinstance(content, Mapping) and "training" in content:
+            content = {"training": content["training"]}
+        listed = entries_of(content)
+        return None if not listed and "file_ending" in content else listed
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of the cases, or of the datalist."""
+        return Path(self.dataset_dir if self.content is None else os.path.dirname(self.dataset_dir) or ".")
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """Which image has which label; none of a datalist, which says that itself."""
+        if self.entries is not None:
+            return Pairs()
+        files = [path for path in files_below(self.folder) if path.name.lower().endswith(IMAGE_SUFFIXES)]
+        files = [path for path in files if case_name(path) not in self.leave_out]
+        return pair(files, self.image_folders, self.label_folders)
 
     @cached_property
     def records(self) -> list[Record]:
         """All cases that have an image and a label."""
-        if self.is_datalist:
-            return load_decathlon_datalist(self.dataset_dir)
-        both = sorted(self.image_files.keys() & self.label_files.keys())
-        return [{"image": self.image_files[case], "label": self.label_files[case]} for case in both]
+        if self.entries is None:
+            both = [{"image": str(image), "label": str(label)} for image, label in self.pairs.pairs]
+            return sorted(both, key=lambda record: case_name(record["image"]))
+        places = [
+            entry | {key: str(path_beside(self.folder, entry[key])) for key in ("image", "label")}
+            for entry in self.entries
+            if isinstance(entry.get("label"), str)
+        ]
+        return [record for record in places if case_name(record["image"]) not in self.leave_out]
 
     def _hashed(self, purpose: str, patient: str) -> bytes:
         """An order of the patients which their names, the purpose and the seed decide."""
@@ -160,33 +192,30 @@ class Cases:
 
     def names(self, *parts: Sequence[Record]) -> list[str]:
         """Names of the cases of one or several lists, such as those to train and to validate on."""
-        return sorted(case_of(record["image"]) for part in parts for record in part)
+        return sorted(case_name(record["image"]) for part in parts for record in part)
 
     def problems(
-        self, train_data: Sequence[Record], files_read: Iterable[Record], labels: Sequence[str]
+        self, train_data: Sequence[Record], labels: Sequence[str], label_map: LabelMap | None = None
     ) -> list[str]:
         """Say what is wrong with the settings and with the data as a whole.
 
         Args:
             train_data: the cases to train on; not :attr:`training` where a program put others in their place.
-            files_read: the cases whose files will be read.
             labels: the bundle's organs in the order of their label values, from 1.
+            label_map: value of the data -> value of the bundle.
 
         Returns:
             One sentence for each problem.
         """
-        told = []
+        told = [f"dataset_dir: {self.content}."] if isinstance(self.content, ValueError) else []
         if not (type(self.fold) is int and 0 <= self.fold < self.folds):
             told.append(f"fold: there is no fold {self.fold!r}, they are counted 0 to {self.folds - 1}.")
         if not self._labelled_is_valid:
             told.append(
                 f"labelled: {self.labelled!r} is neither a share in (0, 1] nor a number of patients; 10 % is 0.1."
             )
-        if not train_data:
-            told.append(
-                f"dataset_dir: no case to train on in {self.dataset_dir}; it takes images/ beside labels/, or a JSON of "
-                "alice datalist."
-            )
+        if not train_data and not told:
+            told.append(self._no_case())
         if self.records and not self.held_back:
             told.append(f"fold: no case of {self.dataset_dir} is in fold {self.fold!r}.")
         if self.records and self.num_labelled > len(self.candidates):
@@ -194,57 +223,64 @@ class Cases:
                 f"labelled: {self.labelled!r} patients are asked for, fold {self.fold!r} trains on "
                 f"{len(self.candidates)}."
             )
-        if unpaired := sorted(self.image_files.keys() ^ self.label_files.keys()):
+        if unpaired := self._unpaired():
             told.append(
                 f"dataset_dir: image without label, or label without image: {', '.join(unpaired[:5])}; alice datalist "
-                "makes a JSON of the pairs."
+                f"makes a JSON of the pairs; or go on without: {leave_out_option(unpaired)}."
             )
         if repeated := self._repeated():
             told.append(
                 f"dataset_dir: several files of one case: {', '.join(repeated[:5])}; alice datalist tells them apart."
             )
-        if misnamed := self._misnamed(labels):
-            pairs = ", ".join(f"{value} is {name}" for value, name in misnamed[:5])
-            told.append(
-                f"labels: {pairs} in {self.dataset_dir}, of which this bundle has another order; give its labels."
-            )
+        if unknown := sorted(self.leave_out - self._known()):
+            told.append(f"leave_out: no case is called {', '.join(unknown[:5])} in {self.dataset_dir}.")
+        files = [record["image"] for record in self.records] if self.entries is None else []
+        if not isinstance(self.content, ValueError):
+            told += label_problems(self.dataset_dir, files, labels, label_map)
         if len({"fold" in record for record in self.records}) == 2:
             told.append("dataset_dir: only some cases of the datalist have a fold.")
-        return told + damaged_files(str(path) for r in files_read for path in (r["image"], r["label"]))
+        return told
+
+    def _no_case(self) -> str:
+        told = (
+            f"dataset_dir: no case to train on in {self.dataset_dir}; it takes images/ beside labels/, or a JSON of alice "
+            "datalist."
+        )
+        if self.entries is None and any(map(is_dicom, files_below(self.folder))):
+            told += " It holds DICOM; dcm2niix -z y -o IMAGES FOLDER makes NIfTI of it."
+        return told
+
+    def _unpaired(self) -> list[str]:
+        """Cases of images without label, and of labels without image."""
+        if self.entries is not None:
+            alone = [entry["image"] for entry in self.entries if not isinstance(entry.get("label"), str)]
+            return sorted({case_name(name) for name in alone} - self.leave_out)
+        images = [p for p in self.pairs.unlabelled if self._is_image_folder(p.parent.name)]
+        labels = [p for p in self.pairs.alone if is_label(Path(p.parent.name, "a.nii"), self.label_folders)]
+        return sorted({case_name(path) for path in images + labels})
+
+    def _is_image_folder(self, name: str) -> bool:
+        return is_image_folder(name) or name in self.image_folders
 
     def _repeated(self) -> list[str]:
         """Cases with several images or several labels."""
-        found: set[str] = set()
-        for folders in (self.image_folders, self.label_folders):
-            seen: set[str] = set()
-            for case in map(case_of, self._files_in(folders)):
-                (found if case in seen else seen).add(case)
-        return sorted(found)
+        images = Counter(case_name(image) for image, _ in self.pairs.pairs)
+        images.update(case_name(p) for p in self.pairs.unlabelled if self._is_image_folder(p.parent.name))
+        twice = {case for case, count in images.items() if count > 1}
+        return sorted(twice | {case_name(other) for _, other in self.pairs.doubles})
 
-    def _misnamed(self, labels: Sequence[str]) -> list[tuple[str, str]]:
-        """(value, name) of the datalist's organs that have another value in the bundle.
-
-        The datalist says ``{value: name}``, as ``alice datalist`` and MSD write it, or ``{name: value}``.
-        """
-        if not self.is_datalist or not os.path.isfile(self.dataset_dir):
-            return []
-        with open(self.dataset_dir, encoding="utf-8") as file:
-            told = json.load(file).get("labels")
-        if not isinstance(told, dict):
-            return []
-        pairs = [(str(k), str(v)) if str(k).isdigit() else (str(v), str(k)) for k, v in told.items()]
-        value_of = {name: str(value) for value, name in enumerate(labels, 1)}
-        plain = [(value, name, name.lower().replace("_", " ")) for value, name in pairs]
-        return [(value, name) for value, name, organ in plain if value_of.get(organ, value) != value]
+    def _known(self) -> set[str]:
+        """Names of all cases, those that are left out, too."""
+        if self.entries is not None:
+            return {case_name(entry["image"]) for entry in self.entries}
+        return {case_name(path) for path in files_below(self.folder)}
 
 
-def case_of(path: str) -> str:
-    """Name of a case: FLARE22_Tr_0001_0000.nii.gz, img0001.nii.gz, DET01_avg_seg.nii.gz -> FLARE22_Tr_0001, 0001, DET01."""
-    return re.sub(
-        "^(img|label)(?=[0-9])|(_avg)?(_seg)?(_0000)?[.]nii([.]gz)?$", "", os.path.basename(str(path))
-    )
+def leave_out_option(cases: Iterable[str]) -> str:
+    """How the command line leaves cases out."""
+    return f'--leave_out "{sorted(set(cases))}"'
 
 
 def patient_of(record: Record) -> str:
     """A case's patient: its own entry, else the case's name."""
-    return str(record.get("patient", case_of(record["image"])))
+    return str(record.get("patient", case_name(record["image"])))

@@ -6,11 +6,13 @@ import json
 import logging
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .state_dicts import is_state, told_keys, way_out
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +30,16 @@ def shipped(bundle_root: str) -> str:
 
 def read_state(path: str) -> dict[str, Tensor]:
     """State dict of a ``.safetensors``, or of a file of ``torch.save``, where it may lie under ``model``."""
+    content = _read(path)
+    return content.get("model", content) if isinstance(content, dict) else content
+
+
+def _read(path: str) -> Any:
     if path.endswith(".safetensors"):
         from safetensors.torch import load_file  # segmenting with model.pt does without this package
 
         return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return state.get("model", state) if isinstance(state, dict) else state
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def fitting(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,7 +96,7 @@ def _checkpoint_problem(network: nn.Module, path: str) -> str:
     if not is_whole(path):
         kind = "" if path.endswith(".safetensors") else ", or no file of torch.save"
         return f"checkpoint: {path} is damaged or cut short{kind}. Download or train it again."
-    misfit = misfit_of(network, read_state(path))
+    misfit = misfit_of(network, path)
     return f"checkpoint: {path} does not fit the network: {misfit}." if misfit else ""
 
 
@@ -115,7 +121,7 @@ def encoder_problems(encoder: nn.Module, pretrained: str | None, roi_size: Seque
             f"pretrained: {path} is damaged or cut short, or neither of alice export nor of torch.save; export or "
             "download it again."
         ]
-    misfit = misfit_of(encoder, read_state(path)) or _other_heads(encoder, path)
+    misfit = misfit_of(encoder, path) or _other_heads(encoder, path)
     if not misfit:
         return []
     way = ""
@@ -143,21 +149,27 @@ def told_start(encoder: nn.Module, pretrained: str | None) -> str:
     return f"encoder: {len(encoder.state_dict())} tensors from {pretrained}"
 
 
-def misfit_of(network: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """The first three names by which a network and a state dict differ, and how many more there are.
+def misfit_of(network: nn.Module, path: str) -> str:
+    """Why a file of weights does not fill a network: where in it the tensors lie, or the first three names that differ.
 
     A network without any tensor, such as one of another runtime, takes what it is given.
     """
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        return "it holds no state dict"
-    want, have = (
-        {name: list(tensor.shape) for name, tensor in s.items()}
-        for s in (network.state_dict(), fitting(network, state))
-    )
-    if not want:
-        return ""
-    if have and all(name.startswith("module.") for name in have):
-        return "every name starts with module., as DataParallel saves them; save network.module.state_dict()"
+    want = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    try:
+        content, state = _read(path), read_state(path)
+    except (
+        Exception
+    ) as error:  # a file of pickled objects, or a damaged one, makes torch raise almost anything
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        return f"it holds more than tensors, or is damaged ({told[0][:200]}); save network.state_dict() alone"
+    fits = fitting(network, state) if is_state(state) else {}
+    have = {name: list(tensor.shape) for name, tensor in fits.items()}
+    if have == want or not want:
+        return "" if have or is_state(state) else told_keys(state)
+    if way := way_out(path, content, want):
+        return way
+    if not have:
+        return told_keys(state)
     faults = [
         f"{name} is {have.get(name, 'missing')}, not {want.get(name, 'known')}"
         for name in {**want, **have}

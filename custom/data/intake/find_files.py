@@ -11,7 +11,7 @@ from pathlib import Path
 from custom.data.folder_walk import kind_of, walk
 from custom.data.formats.reasons import Reason
 from custom.data.intake.scan_record import Job, ScanRecord
-from custom.data.scans import is_label
+from custom.data.layouts import is_label
 
 
 def find_files(root: Path, ours: Iterable[Path] = ()) -> tuple[list[Job], list[ScanRecord], dict[str, int]]:

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from custom.data.formats.reasons import REJECTED, Reason
+from custom.data.grid.orientation import is_same_grid
 from custom.data.intake.scan_record import Rules, ScanRecord
-from custom.data.scans import TCGA_BARCODE, pair_key, stem
+from custom.data.layouts import pair, stem
+from custom.data.scans import TCGA_BARCODE
 
 _PLAIN_NAME = re.compile(
     r"^(ct|mr|mri|pet|image|imaging|img|scan|volume|vol|data|t[12]w?|flair|dwi|adc)([_\-. ]?\d{0,4})$",
@@ -71,21 +73,17 @@ def _patient(record: ScanRecord, pattern: re.Pattern | None, repeated: set[str])
 
 
 def pair_labels(records: list[ScanRecord]) -> None:
-    """Join labels to images as ``list_scans`` does: by the whole name first, then without ``_ct``, ``_0000`` and the like."""
-    labels = {pair_key(Path(record.path)): record for record in records if record.kind == "label"}
-    images = [record for record in records if record.kind == "image" and record.format != "dicom"]
-    left = sorted(images, key=lambda image: image.path)
-    for cut_tail in (False, True):
-        alone = []
-        for image in left:
-            label = labels.pop(pair_key(Path(image.path), cut_tail=cut_tail), None)
-            if label is None:
-                alone.append(image)
-            else:
-                _join(image, label)
-        left = alone
-    for label in labels.values():
-        label.add(Reason.ORPHAN_LABEL)
+    """Join labels to images as ``list_scans`` does (:func:`custom.data.layouts.pair`)."""
+    by_path = {
+        Path(record.path): record
+        for record in sorted(records, key=lambda record: record.path)
+        if record.kind in ("image", "label") and record.format != "dicom"
+    }
+    found = pair(list(by_path))
+    for image, label in found.pairs:
+        _join(by_path[image], by_path[label])
+    for label in (*found.alone, *(other for _, other in found.doubles)):
+        by_path[label].add(Reason.ORPHAN_LABEL)
 
 
 def _join(image: ScanRecord, label: ScanRecord) -> None:
@@ -93,15 +91,12 @@ def _join(image: ScanRecord, label: ScanRecord) -> None:
     label.patient = image.patient
     if image.status == REJECTED or not image.affine:
         return
-    if label.status != REJECTED and not _same_grid(image, label):
+    same = label.status == REJECTED or is_same_grid(
+        label.shape, np.array(label.affine), image.shape, np.array(image.affine)
+    )
+    if not same:
         label.add(Reason.LABEL_MISMATCH, f"{label.shape} for {image.shape}")
     if label.status == REJECTED:
         image.add(Reason.LABEL_UNUSABLE)
     else:
         image.label = label.path
-
-
-def _same_grid(image: ScanRecord, label: ScanRecord) -> bool:
-    return image.shape == label.shape and np.allclose(
-        image.affine, label.affine, atol=0.01 * min(image.spacing_mm)
-    )

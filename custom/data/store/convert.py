@@ -20,7 +20,7 @@ from custom.data.formats.dicom_volume import read_series
 from custom.data.formats.open_scan import Voxels, open_scan
 from custom.data.formats.reasons import Fault
 from custom.data.grid.body import body_box, body_mask, crop_box, near_body
-from custom.data.grid.orientation import spacing_of, to_ras
+from custom.data.grid.orientation import is_same_grid, to_ras
 from custom.data.grid.profiles import PROFILES, Values, body_threshold, scaling, to_hu, to_stored
 from custom.data.grid.resample import Regrid, regrid, resample_part
 from custom.data.scans import Scan
@@ -221,15 +221,14 @@ def _write_label(
         return None, []
     shape, affine = source_grid
     voxels = _open_file(scan.label)
-    if voxels.raw.shape != shape or not np.allclose(
-        voxels.affine, affine, atol=0.01 * spacing_of(affine).min()
-    ):
+    if not is_same_grid(voxels.raw.shape, voxels.affine, shape, affine):
         raise ScanError(
             f"{scan.label}: shape {voxels.raw.shape} or position differs from its image {scan.image} {shape}."
         )
-    label = np.empty(shape, np.uint8, order="F")
-    planes = max(1, _SLAB // math.prod(shape[:2]))
-    for z in range(0, shape[2], planes):
+    own_affine, own_shape = voxels.affine, voxels.raw.shape
+    label = np.empty(own_shape, np.uint8, order="F")
+    planes = max(1, _SLAB // math.prod(own_shape[:2]))
+    for z in range(0, own_shape[2], planes):
         part = voxels.scaled(voxels.raw[..., z : z + planes])
         if not (part.min() >= 0 and part.max() <= 255 and np.array_equal(part, np.rint(part))):
             raise ScanError(
@@ -237,7 +236,8 @@ def _write_label(
             )
         label[..., z : z + planes] = part
     del voxels
-    turned, turned_affine = to_ras(label, affine)
+    turned, _ = to_ras(label, own_affine)
+    _, turned_affine = to_ras(np.broadcast_to(np.uint8(0), shape), affine)
     plan = regrid(turned.shape, turned_affine, spacing)
     whole = resample_part(turned, plan, 2, 0, plan.shape[2], nearest=True)
     kept = whole[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]

@@ -18,8 +18,8 @@ from custom.evaluation.scores.case_files import (
     find_references,
     match_files,
     named_cases,
+    on_grid_of,
     read_case_file,
-    refuse_other_grid,
 )
 from custom.evaluation.statistics.paired_rows import Row, key_of
 from custom.evaluation.statistics.per_organ import worst_rows
@@ -83,8 +83,7 @@ def worst_overlays(
         truth = read_case_file(reference.path)
         masks = [_mask(truth.path, truth, row["label"])]
         masks += [_mask(found.get(reference.case), truth, row["label"]) for found in (found_a, found_b)]
-        scan = read_case_file(images[reference.case])
-        refuse_other_grid(scan, truth)
+        scan = on_grid_of(read_case_file(images[reference.case]), truth)
         volume, *turned = (_canonical(part, truth.affine) for part in (scan.voxels, *masks))
         axes = np.argsort(nib.io_orientation(truth.affine)[:, 0])
         spacing = [truth.spacing[axis] for axis in axes]
@@ -98,8 +97,7 @@ def _mask(path: Path | None, truth: Volume, label: int) -> NDArray[np.bool_]:
     """True where a file has the label; all False if there is no file."""
     if path is None:
         return np.zeros(truth.voxels.shape, bool)
-    volume = truth if path == truth.path else read_case_file(path)
-    refuse_other_grid(volume, truth)
+    volume = truth if path == truth.path else on_grid_of(read_case_file(path), truth)
     return volume.voxels == label
 
 

@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from custom.data.errors import ScanError
-from custom.data.folder_walk import IMAGE_SUFFIXES, scan_files
-from custom.data.scans import is_label, list_scans, read_volume, stem
+from custom.data.folder_walk import scan_files
+from custom.data.grid.orientation import apart_mm, is_same_place, turn_like
+from custom.data.layouts import IMAGE_SUFFIXES, is_label, stem
+from custom.data.scans import list_scans, read_volume
 from custom.errors import AliceError
 from custom.files import read_json
 
@@ -22,7 +24,6 @@ _POSTFIX = re.compile(r"[_\-.](trans|seg|segmentation|pred|prediction|labels?|ma
 _PREFIX = re.compile(r"^(img|image|labels?|mask|pred)[_\-]?(?=\d)", re.IGNORECASE)
 # endings of image names: nnU-Net's first channel, which FLARE22 uses as well, and common words
 _IMAGE_TAIL = re.compile(r"_(0000|ct|image|img)$", re.IGNORECASE)
-_GRID_TOLERANCE = 0.05  # of a voxel, at the corners; headers hold float32 and rounded quaternions (ours)
 
 
 @dataclass(frozen=True)
@@ -139,19 +140,30 @@ def read_case_file(path: Path) -> Volume:
     return Volume(path, voxels, affine, spacing)
 
 
-def refuse_other_grid(volume: Volume, reference: Volume) -> None:
-    """Raise ValueError, naming both files, unless they lie on the same grid."""
+def on_grid_of(volume: Volume, reference: Volume) -> Volume:
+    """The volume with its axes turned as those of the reference.
+
+    Raises:
+        ValueError: naming both files, unless they lie on the same grid then.
+    """
+    voxels, affine = turn_like(volume.voxels, volume.affine, reference.affine)
+    spacing = tuple(float(step) for step in nib.affines.voxel_sizes(affine))
+    if voxels is not volume.voxels and voxels.shape == reference.voxels.shape:
+        volume = replace(volume, voxels=voxels, affine=affine, spacing=spacing)
+    _refuse_other_grid(volume, reference)
+    return volume
+
+
+def _refuse_other_grid(volume: Volume, reference: Volume) -> None:
     if volume.voxels.shape != reference.voxels.shape:
         raise ScanError(
             f"{volume.path} has shape {volume.voxels.shape}, {reference.path} has {reference.voxels.shape}; "
             "write predictions on the grid of the original image (Invertd, or resample with nearest neighbour)."
         )
-    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(volume.voxels.shape) - 1)
-    moved = nib.affines.apply_affine(volume.affine, corners)
-    apart_mm = float(np.abs(moved - nib.affines.apply_affine(reference.affine, corners)).max())
-    if apart_mm > _GRID_TOLERANCE * min(reference.spacing):
+    if not is_same_place(volume.voxels.shape, volume.affine, reference.affine):
+        apart = apart_mm(volume.voxels.shape, volume.affine, reference.affine)
         raise ScanError(
-            f"{volume.path} and {reference.path} have the same shape but lie up to {apart_mm:.3g} mm apart (origin, "
+            f"{volume.path} and {reference.path} have the same shape but lie up to {apart:.3g} mm apart (origin, "
             "spacing or direction differ); write predictions with the original image's affine."
         )
 

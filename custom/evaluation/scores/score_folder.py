@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from custom.data.label_names import refuse_other_names
 from custom.errors import AliceError
 from custom.evaluation.scores.case_files import (
     Reference,
@@ -19,8 +20,8 @@ from custom.evaluation.scores.case_files import (
     find_references,
     match_files,
     named_cases,
+    on_grid_of,
     read_case_file,
-    refuse_other_grid,
     with_folds,
 )
 from custom.evaluation.scores.masks import label_map
@@ -128,10 +129,16 @@ def score_folder(
         progress: called with cases done and cases in all.
 
     Raises:
-        ValueError: naming the file, for another grid, a label the rule does not know, or a reference without
-            any label; if no prediction matches a case, or the fold holds no case.
+        ValueError: naming the file, for another grid, a label the rule does not know, a ``dataset.json`` that names the
+            labels otherwise, or a reference without any label; if no prediction matches a case, or the fold holds no case.
     """
     everyone = find_references(references)
+    refuse_other_names(
+        references,
+        (reference.path for reference in everyone),
+        rule.organs,
+        "Score with the data's own names, --rules plain --names {names}.",
+    )
     if split is not None:
         everyone = with_folds(everyone, split)
     wanted = _wanted(everyone, str(references), cases, fold)
@@ -175,8 +182,7 @@ def score_case(
             score = math.nan if absent and math.isnan(rule.absent_score) else 0.0
             row |= {"status": "failed", "dsc": score, "nsd": score, "hd95": math.nan if absent else math.inf}
         return rows
-    guess = read_case_file(prediction)
-    refuse_other_grid(guess, truth)
+    guess = on_grid_of(read_case_file(prediction), truth)
     labels_p = _labels(guess, rule)
     # rules mean axial slices, which challenges store along the last axis; other files get their axes moved,
     # never flipped

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from custom.data.errors import ScanError
+from custom.data.label_names import refuse_other_names
+from custom.data.layouts import case_name, is_image_folder
 from custom.data.scans import Scan, list_scans
-from custom.evaluation.scores.case_files import read_case_file, refuse_other_grid
+from custom.evaluation.scores.case_files import on_grid_of, read_case_file
 from custom.evaluation.splits.folds import few_shot_order, split_folds
 from custom.files import write_text
 
 
 @dataclass(frozen=True)
 class Datalist:
-    """What :func:`make_datalist` found: the content of the JSON, and the problems to report."""
+    """What :func:`make_datalist` found: the content of the JSON, the problems to report, and the images it left out."""
 
     content: dict[str, Any]
     problems: list[str]
+    left_out: list[Path] = field(default_factory=list)
 
 
 def make_datalist(
@@ -53,17 +55,30 @@ def make_datalist(
 
     Returns:
         An MSD datalist, ``training`` with ``image``, ``label``, ``patient``, ``fold`` and ``order`` (rank in
-        the few-shot order: the n lowest of any training set are its n-patient subset); and every problem by
-        file name.
+        the few-shot order: the n lowest of any training set are its n-patient subset); every problem by file name; and
+        the images of folders such as ``imagesTs``, in which none has a label.
 
     Raises:
-        ValueError: for a source without pairs, or folds that cannot be dealt.
+        ValueError: for a source without pairs, folds that cannot be dealt, or a source whose ``dataset.json`` names its
+            label values otherwise.
     """
     scans = list_scans(source, patient_pattern)
     pairs = [scan for scan in scans if scan.label]
     if not pairs:
         raise ScanError(f"{source}: no image has a label (images/ beside labels/, or CASE_seg beside CASE).")
-    problems = [f"{scan.image}: has no label." for scan in scans if not scan.label]
+    refuse_other_names(
+        source,
+        (scan.image for scan in pairs),
+        classes,
+        "Give the data's own names, --classes {names}; a bundle reads such a datalist with its setting label_map.",
+    )
+    labelled = {scan.image.parent for scan in pairs}
+    problems, left_out = [], []
+    for image in (scan.image for scan in scans if not scan.label):
+        if is_image_folder(image.parent.name) and image.parent not in labelled:
+            left_out.append(image)
+        else:
+            problems.append(f"{image}: has no label.")
     for done, scan in enumerate(pairs, 1):
         problems += _faults(scan, len(classes), allow_empty)
         progress(done, len(pairs))
@@ -75,20 +90,12 @@ def make_datalist(
         }
         for scan, patient in zip(pairs, _patients(pairs), strict=True)
     ]
-    return Datalist(_dealt(records, classes, folds, seed), problems)
+    return Datalist(_dealt(records, classes, folds, seed), problems, left_out)
 
 
 def write_datalist(path: str | Path, content: dict[str, Any]) -> None:
     """Write the JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def case_name(path: str | Path) -> str:
-    """The case of an image or label in the published layouts, as in ``train.yaml`` of the segmentation bundles.
-
-    ``FLARE22_Tr_0001_0000.nii.gz`` is FLARE22_Tr_0001, ``img0001.nii.gz`` and ``label0001.nii.gz`` are 0001.
-    """
-    return re.sub(r"^(img|label)(?=[0-9])|(_avg)?(_seg)?(_0000)?[.]nii([.]gz)?$", "", Path(path).name)
 
 
 def _dealt(records: list[dict[str, Any]], classes: Sequence[str], folds: int, seed: int) -> dict[str, Any]:
@@ -118,7 +125,7 @@ def _faults(scan: Scan, num_classes: int, allow_empty: bool) -> Iterator[str]:
     assert scan.label is not None
     try:
         image, label = read_case_file(scan.image), read_case_file(scan.label)
-        refuse_other_grid(label, image)
+        on_grid_of(label, image)
     except ValueError as error:
         yield str(error)
         return

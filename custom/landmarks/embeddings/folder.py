@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from custom.data.folder_walk import is_passed_over
+from custom.data.layouts import is_passed_over
 from custom.data.store.volume_store import VolumeStore
 from custom.files import is_plain_name, read_json, write_text
 from custom.landmarks.embeddings.file import FORMAT, EmbeddingError
