@@ -23,9 +23,9 @@ from custom.data.scans import Scan, list_scans
 from custom.data.store.build_cost import build_cost
 from custom.data.store.build_parts import faults_of_parts, parse, save_faults, share
 from custom.data.store.convert import convert, record_path, stamp
+from custom.data.store.records import VolumeRecord
 from custom.data.store.settings import SPACING, BuildSettings
 from custom.data.store.volume_store import (
-    VolumeRecord,
     VolumeStore,
     read_index,
     store_text,

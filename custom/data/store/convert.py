@@ -26,7 +26,8 @@ from custom.data.grid.profiles import PROFILES, Values, body_threshold, scaling,
 from custom.data.grid.resample import Regrid, regrid, resample_part
 from custom.data.scans import Scan
 from custom.data.store.chunked_array import CHUNK, ArrayWriter, write_array
-from custom.data.store.volume_store import VolumeRecord, require_plain_name, store_text, volume_path
+from custom.data.store.records import VolumeRecord
+from custom.data.store.volume_store import require_plain_name, store_text, volume_path
 from custom.files import sha256_of_file
 
 _SLAB = 1 << 24  # voxels of the scan that are converted at a time: 64 MiB as float32 (ours)
