@@ -58,7 +58,7 @@ def command(dataset, output, *extra_configs, launcher=("-m", "monai.bundle"), **
 
 def run(words, cwd, check=True):
     done = subprocess.run(
-        words, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
+        words, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
@@ -176,11 +176,8 @@ def test_a_run_killed_midway_resumes_to_the_bit(scans, finished, tmp_path):
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 120
-    while (
-        not (tmp_path / "run" / "checkpoints" / "iteration_00000002.pt").is_file()
-        and time.monotonic() < deadline
-    ):
+    while not (tmp_path / "run" / "checkpoints" / "iteration_00000002.pt").is_file():
+        assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -283,7 +284,7 @@ def test_other_weights_and_changed_scans_are_refused(model, store, tmp_path):
     with pytest.raises(EmbeddingError, match="aaaaaaaaaaaa.*bbbbbbbbbbbb"):
         embed_store(model, "b" * 64, store, tmp_path, names=[name], progress=False)
     altered = VolumeStore(store.path)
-    altered.records[name].voxels_sha256 = "0" * 64
+    altered.records = {n: replace(r, voxels_sha256="0" * 64) for n, r in store.records.items()}
     with pytest.raises(EmbeddingError, match="changed since"):
         embed_store(model, WEIGHTS, altered, tmp_path, names=[name], progress=False)
     with pytest.raises(EmbeddingError, match="made from other voxels"):

@@ -257,6 +257,8 @@ def test_a_program_ends_though_workers_are_left_that_do_not_hear_its_signal(stor
         "print('drawn')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(store.path)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, str(store.path)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and done.stdout.strip() == "drawn", done.stderr

@@ -182,7 +182,7 @@ def test_page_opens_in_a_browser(tmp_path):
     ]
     result = subprocess.run(
         [*command, "--window-size=800,1200", f"--screenshot={tmp_path}/page.png", path.as_uri()],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert (tmp_path / "page.png").exists(), result.stderr
     assert "Refused to" not in result.stderr  # the page's own policy blocks nothing it needs

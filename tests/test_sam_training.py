@@ -548,7 +548,7 @@ def bundle_run(folder, *files, **settings):
         str([str(CONFIGS / f) for f in files]),
     ]
     words += [f"--{k}={v}" for k, v in settings.items()]
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)  # fmt: skip
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
 
 
 @pytest.mark.slow
@@ -606,12 +606,11 @@ def test_a_run_asked_to_leave_keeps_its_step_and_no_finished_weights_and_refuses
         words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     log, checkpoints = tmp_path / "run" / "log.jsonl", tmp_path / "run" / "checkpoints"
-    deadline = time.monotonic() + 200
     while not (log.is_file() and log.read_text().count("\n") > 1):
-        assert running.poll() is None and time.monotonic() < deadline, running.communicate()[0][-3000:]
+        assert running.poll() is None, running.communicate()[0][-3000:]
         time.sleep(0.2)
     running.send_signal(signal.SIGTERM)
-    said = running.communicate(timeout=200)[0]
+    said = running.communicate()[0]
     assert running.returncode == 0, said[-3000:]
     left_at = max(json.loads(line)["step"] for line in log.read_text().splitlines())
     assert f"Left at step {left_at} of 100000; the same command goes on." in said

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -244,10 +245,39 @@ trainer = make_trainer(VolumeStore({str(store.path)!r}), {str(tmp_path)!r}, work
 trainer.run()
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], start_new_session=True, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], start_new_session=True, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert 3 <= load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))["iteration"] < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_repeated_signals_do_not_harm_the_last_save(store, tmp_path, number):
+    """Schedulers send more than one; the last checkpoint takes seconds on a slow disk."""
+    code = f"""
+import os, sys, time, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_trainer import LeaveOnSignal, StopAt, make_trainer
+from custom.data.store.volume_store import VolumeStore
+save = torch.save
+def slowly(content, file):
+    print("saving", flush=True)
+    time.sleep(1.5)
+    save(content, file)
+torch.save = slowly
+make_trainer(VolumeStore({str(store.path)!r}), {str(tmp_path)!r}, workers=1, steps=1000, checkpoint_every=0,
+    handlers=[LeaveOnSignal(), StopAt(3, lambda e: os.kill(os.getpid(), {int(number)}))]).run()
+"""
+    running = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert running.stdout.readline() == "saving\n"
+    for _ in range(20):
+        running.send_signal(number)
+        time.sleep(0.05)
+    assert running.wait() == 0, running.stderr.read()[-2000:]
+    assert 3 <= load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))["iteration"] < 1000
 
 
 def test_other_settings_or_scans_do_not_go_on_as_the_same_run(store, tmp_path):

@@ -54,6 +54,7 @@ def scan(
     against: Sequence[str] = (),
     profile: str = "ct",
     min_slices: int = 16,
+    most_bytes: int = 4_000_000_000,
     patient_pattern: str | None = None,
     hash_ids: bool = True,
     salt: str | None = None,
@@ -68,6 +69,7 @@ def scan(
         against: other manifests or datalists to check for leakage.
         profile: of intensities, ct, mr or zscore.
         min_slices: fewer make no volume.
+        most_bytes: of voxels in a scan; a larger one is refused before it is read.
         patient_pattern: regular expression on the path; its first group is the patient.
         hash_ids: write salted hashes instead of patients' identifiers.
         salt: of those hashes, to compare manifests.
@@ -82,6 +84,7 @@ def scan(
         against=[against] if isinstance(against, str) else list(against),
         profile=profile,
         min_slices=min_slices,
+        most_bytes=most_bytes,
         patient_pattern=patient_pattern,
         hash_ids=hash_ids,
         salt=salt,
@@ -110,6 +113,7 @@ def build(
     remove_table: bool | None = None,
     part: str | None = None,
     check_disk: bool = True,
+    most_bytes: int = 4_000_000_000,
 ) -> None:
     """Bring a folder of scans (or a datalist JSON) onto one grid, ready to be read crop by crop; resumable.
 
@@ -128,6 +132,7 @@ def build(
         remove_table: make air of what lies off the body.
         part: i/n, to build on n machines; the last one, or a plain build, writes the index.
         check_disk: refuse a disk that is too small before anything is written.
+        most_bytes: of voxels in a scan, in its file and in the store; a larger one is refused before it is read.
     """
     from custom.data.store.build import build_part, build_store
     from custom.data.store.volume_store import VolumeStore
@@ -153,6 +158,7 @@ def build(
         "margin_mm": margin_mm,
         "remove_table": remove_table,
         "check_disk": check_disk,
+        "most_bytes": most_bytes,
     }
     made: VolumeStore | None
     if part is None:

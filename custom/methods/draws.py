@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from custom.data.errors import DamagedScan, StoreError
 from custom.data.grid.profiles import window
 from custom.data.store.quarantine import Quarantine
+from custom.data.store.records import pack, unpack
 from custom.data.store.volume_store import VolumeStore
 from custom.errors import AliceError
 
@@ -67,16 +68,28 @@ class Draws(Dataset):
         self.store, self.length, self.seed = store, length, seed
         self.crop_size = np.array(crop_size)
         self.window = store.window(window_hu)
-        self.scans_of: dict[str, list[str]] = {}
-        for name in names if names is not None else store.names:
-            self.scans_of.setdefault(store.patient(name), []).append(name)
-        self.patients = sorted(self.scans_of)
+        self._names = pack(store.names if names is None else names)
+        self._group()
         if len(self.patients) < self.least_patients:
             raise AliceError(
                 f"{store.path} offers scans of {len(self.patients)} patient(s); this draw needs {self.least_patients}."
             )
         used = [name for scans in self.scans_of.values() for name in scans]
         self.quarantine = Quarantine(used, bad_scans_allowed)
+
+    def _group(self) -> None:
+        self.scans_of: dict[str, list[str]] = {}
+        for name in unpack(self._names):
+            self.scans_of.setdefault(self.store.patient(name), []).append(name)
+        self.patients = sorted(self.scans_of)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A worker groups the names itself: there may be 100,000, and a tensor of names costs nothing to send."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("scans_of", "patients")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._group()
 
     def __len__(self) -> int:
         return self.length

@@ -11,13 +11,17 @@ from custom.data.errors import ScanError
 from custom.data.formats.dicom_header import SliceHeader, read_header
 from custom.data.formats.dicom_series import Series, sort_series
 from custom.data.formats.reasons import REJECTED, Fault, Reason
+from custom.data.formats.voxels import MOST_BYTES, check_shape
+
+_BYTES_DECODED = 4  # of a voxel, as float32
 
 
-def read_series(files: Sequence[str | Path]) -> tuple[np.ndarray, np.ndarray]:
+def read_series(files: Sequence[str | Path], most_bytes: int = MOST_BYTES) -> tuple[np.ndarray, np.ndarray]:
     """Read one series as a volume. GDCM decodes compressed pixels.
 
     Args:
         files: the slices of one acquisition, in any order.
+        most_bytes: a series with more bytes of voxels is refused before they are read.
 
     Returns:
         Values (X, Y, Z): HU for CT, int16 if all are whole numbers, else float32. And the affine (4, 4), voxel to RAS mm.
@@ -36,19 +40,20 @@ def read_series(files: Sequence[str | Path]) -> tuple[np.ndarray, np.ndarray]:
             raise Fault(Reason.SPLIT_SERIES, f"{len(found)} acquisitions among {len(files)} files")
         if stop:
             raise Fault(stop[0], found[0].detail)
-        return stack(found[0])
+        return stack(found[0], most_bytes)
     except Fault as error:
         raise ScanError(f"{folder}: {error}") from error
 
 
-def stack(series: Series) -> tuple[np.ndarray, np.ndarray]:
+def stack(series: Series, most_bytes: int = MOST_BYTES) -> tuple[np.ndarray, np.ndarray]:
     """The volume of a series that :func:`sort_series` found nothing wrong with.
 
     Raises:
-        Fault: if a slice cannot be decoded.
+        Fault: if a slice cannot be decoded, or there are more bytes of voxels than ``most_bytes``.
     """
     slices = series.slices
     first, last = slices[0], slices[-1]
+    check_shape((first.columns, first.rows, len(slices)), _BYTES_DECODED, most_bytes)
     volume = np.empty((first.columns, first.rows, len(slices)), np.int16, order="F")
     for z, one in enumerate(slices):
         plane = _decode(one)

@@ -17,7 +17,7 @@ from custom.data.formats.file_bytes import (
     voxel_type,
 )
 from custom.data.formats.reasons import Fault, Reason
-from custom.data.formats.voxels import Voxels, check_shape
+from custom.data.formats.voxels import Voxels, check_grid, check_shape
 
 _META_TYPES = {
     "i1": ("met_char",),
@@ -33,7 +33,7 @@ _META_TYPES = {
 }
 
 
-def open_metaimage(path: Path, root: Path, most_bytes: int) -> Voxels:
+def open_metaimage(path: Path, root: Path, most_bytes: int, any_grid: bool) -> Voxels:
     """Voxels of a .mha or .mhd; errors as in :func:`custom.data.formats.open_scan.open_scan`."""
     with open(path, "rb") as file:
         if not re.match(rb"\s*(ObjectType|NDims|Comment|ObjectSubType)\s*=", file.read(64)):
@@ -59,9 +59,10 @@ def open_metaimage(path: Path, root: Path, most_bytes: int) -> Voxels:
         file.seek(begin if data == path else 0)
         stored = data.stat().st_size - file.tell()
         enough_bytes(stored, promised, packed)
-        content = inflate(file.read(stored), promised) if packed else read_exactly(file, b"", 0, promised)
+        warnings = [] if any_grid else check_grid(affine, shape[:3])
+        content = inflate(file, promised) if packed else read_exactly(file, b"", 0, promised)
     raw = np.frombuffer(content, dtype, math.prod(shape)).reshape(shape[:3], order="F")
-    return Voxels(raw, affine)
+    return Voxels(raw, affine, warnings=warnings)
 
 
 def _meta_affine(fields: dict[str, str]) -> np.ndarray:

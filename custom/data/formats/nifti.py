@@ -13,7 +13,7 @@ import numpy as np
 
 from custom.data.formats.file_bytes import LONGEST_HEADER, enough_bytes, read_exactly, read_or_fault
 from custom.data.formats.reasons import Fault, Reason
-from custom.data.formats.voxels import Voxels, check_shape
+from custom.data.formats.voxels import Voxels, check_grid, check_shape
 
 _NIFTI_SIZES = {
     (348).to_bytes(4, "little"): nib.Nifti1Header,
@@ -23,7 +23,7 @@ _NIFTI_SIZES = {
 }
 
 
-def open_nifti(path: Path, most_bytes: int) -> Voxels:
+def open_nifti(path: Path, most_bytes: int, any_grid: bool) -> Voxels:
     """Voxels of a .nii or .nii.gz; errors as in :func:`custom.data.formats.open_scan.open_scan`."""
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
@@ -46,6 +46,7 @@ def open_nifti(path: Path, most_bytes: int) -> Voxels:
         slope, intercept = _nifti_scale(header)
         affine, warnings = _nifti_affine(header, shape)
         enough_bytes(path.stat().st_size, promised + int(offset), packed)
+        warnings += [] if any_grid else check_grid(affine, shape[:3])
         content = read_exactly(stream, start, int(offset), promised)
     raw = np.frombuffer(content, dtype, math.prod(shape)).reshape(shape[:3], order="F")
     return Voxels(raw, affine, slope, intercept, warnings)

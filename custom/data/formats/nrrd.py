@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from custom.data.formats.file_bytes import (
+    BZIP2_RATIO,
     DEFLATE_RATIO,
     LONGEST_HEADER,
     detached,
@@ -21,7 +22,7 @@ from custom.data.formats.file_bytes import (
     voxel_type,
 )
 from custom.data.formats.reasons import Fault, Reason
-from custom.data.formats.voxels import Voxels, check_shape
+from custom.data.formats.voxels import Voxels, check_grid, check_shape
 
 _NRRD_TYPES = {
     "i1": ("signed char", "int8", "int8_t"),
@@ -45,7 +46,7 @@ _NRRD_SPACES = {  # to RAS
 }
 
 
-def open_nrrd(path: Path, root: Path, most_bytes: int) -> Voxels:
+def open_nrrd(path: Path, root: Path, most_bytes: int, any_grid: bool) -> Voxels:
     """Voxels of a .nrrd or .nhdr; errors as in :func:`custom.data.formats.open_scan.open_scan`."""
     with open(path, "rb") as file:
         if file.read(4) != b"NRRD":
@@ -72,7 +73,9 @@ def open_nrrd(path: Path, root: Path, most_bytes: int) -> Voxels:
     with open(data, "rb") as file:
         file.seek(begin if data == path else 0)
         stored = data.stat().st_size - file.tell()
-        enough_bytes(stored, promised, packed=encoding[0] == "g", ratio=DEFLATE_RATIO)
+        ratio = BZIP2_RATIO if encoding[0] == "b" else DEFLATE_RATIO
+        enough_bytes(stored, promised, packed=encoding != "raw", ratio=ratio)
+        warnings += [] if any_grid else check_grid(affine, shape[:3])
         stream: Any = file
         if encoding[0] == "g":
             stream = gzip.GzipFile(fileobj=file)

@@ -1,4 +1,4 @@
-"""Read one NIfTI, NRRD or MetaImage file that may be damaged: sizes are checked before memory is allocated."""
+"""Read one NIfTI, NRRD or MetaImage file that may be damaged: sizes and grid are checked before voxels are read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from custom.data.formats.metaimage import open_metaimage
 from custom.data.formats.nifti import open_nifti
 from custom.data.formats.nrrd import open_nrrd
 from custom.data.formats.reasons import Fault, Reason
-from custom.data.formats.voxels import MOST_BYTES, Voxels, check_grid
+from custom.data.formats.voxels import MOST_BYTES, Voxels
 
 
 def open_scan(
@@ -30,13 +30,9 @@ def open_scan(
         if path.stat().st_size == 0:
             raise Fault(Reason.EMPTY_FILE)
         if name.endswith((".nii", ".nii.gz")):
-            voxels = open_nifti(path, most_bytes)
-        else:
-            parse = open_nrrd if name.endswith((".nrrd", ".nhdr")) else open_metaimage
-            voxels = parse(path, root or path.parent, most_bytes)
-        if not any_grid:
-            voxels.warnings += check_grid(voxels.affine, voxels.raw.shape)
-        return voxels
+            return open_nifti(path, most_bytes, any_grid)
+        parse = open_nrrd if name.endswith((".nrrd", ".nhdr")) else open_metaimage
+        return parse(path, root or path.parent, most_bytes, any_grid)
     except OSError as error:
         raise Fault(Reason.UNREADABLE, type(error).__name__) from error
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:

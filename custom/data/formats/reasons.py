@@ -33,7 +33,7 @@ class Reason(str, Enum):
     BAD_CHECKSUM = "bad_checksum", REJECTED, "The compressed data fail their checksum. Copy it again."
     NOT_AN_IMAGE = "not_an_image", REJECTED, "The content is not of the format that the name promises."
     BAD_HEADER = "bad_header", REJECTED, "The header is damaged or contradicts itself. Convert it again."
-    BOMB = "too_large", REJECTED, "The header promises more data than the file can hold or the limit allows."
+    BOMB = "too_large", REJECTED, "The header promises more data than the file can hold or most_bytes allows."
     UNREADABLE = "unreadable", REJECTED, "The file or folder cannot be opened. Check its permissions."
     READER_FAILED = "reader_failed", REJECTED, "The decoder failed on this file. Convert the scan again."
     SYMLINK_LOOP = "symlink_loop", REJECTED, "A link leads back to a folder that is being walked."

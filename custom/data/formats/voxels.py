@@ -55,7 +55,8 @@ def check_grid(affine: np.ndarray, shape: Sequence[int]) -> list[Reason]:
     if spacing.min() < 0.02 or spacing.max() > 50:  # micro-CT to the thickest slices (ours)
         raise Fault(Reason.BAD_SPACING, f"{np.round(spacing, 4).tolist()} mm")
     extent = np.sort(spacing * shape)
-    if extent[0] < 2 or extent[1] < 20 or extent[2] > 4000:  # mm; too thin or too large for a patient (ours)
+    # mm; too thin or too large for a patient (ours); no scanner sees more than a metre across
+    if extent[0] < 2 or extent[1] < 20 or extent[1] > 1500 or extent[2] > 4000:
         raise Fault(Reason.BAD_SPACING, f"{np.round(extent, 1).tolist()} mm in all")
     directions = axes / spacing
     slant = np.abs(directions.T @ directions - np.eye(3)).max()

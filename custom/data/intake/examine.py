@@ -93,12 +93,10 @@ def _examine_series(record: ScanRecord, job: Job, series: Series, rules: Rules) 
     record.patient = rules.hidden(identity, "p") if identity else ""
     record.shape = [first.columns, first.rows, len(series.slices)]
     record.bytes = sum((job.root / name).stat().st_size for name in job.files)
-    if first.rows * first.columns * 4 * len(series.slices) > rules.most_bytes:
-        raise Fault(Reason.BOMB, f"shape {record.shape}")
     if first.modality not in ("CT", "MR", "PT"):
         record.kind = "other"
         raise Fault(Reason.UNSUPPORTED, "not CT, MR or PET")
     if record.status != REJECTED:
-        raw, affine = stack(series)
+        raw, affine = stack(series, rules.most_bytes)
         voxels = Voxels(raw, affine, warnings=check_grid(affine, raw.shape), modality=first.modality)
         describe(record, voxels, rules)

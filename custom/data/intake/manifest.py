@@ -80,11 +80,12 @@ class Manifest:
         Raises:
             ScanError: if it can no longer be read.
         """
+        most_bytes = int(self.rules.get("most_bytes", MOST_BYTES))
         if record.format == "dicom":
-            return read_series([self.path_of(name) for name in record.files])
+            return read_series([self.path_of(name) for name in record.files], most_bytes)
         path = self.path_of(record.path)
         try:
-            voxels = open_scan(path, self.folder, int(self.rules.get("most_bytes", MOST_BYTES)))
+            voxels = open_scan(path, self.folder, most_bytes)
         except Fault as fault:
             raise ScanError(f"{path}: {fault}") from fault
         return voxels.scaled(voxels.raw), voxels.affine

@@ -72,7 +72,7 @@ def scan_folder(
         The manifest, saved if ``output`` was given. No error comes from the content of files.
 
     Raises:
-        AliceError: if ``min_slices`` or ``workers`` is not a whole number, or too small.
+        AliceError: if ``min_slices``, ``most_bytes`` or ``workers`` is not a whole number, or too small.
         ManifestError: if the folder does not exist, the profile is unknown, the pattern is not a regular expression, or
             ``output`` or ``against`` cannot be used.
     """
@@ -88,6 +88,7 @@ def scan_folder(
             f"patient_pattern {patient_pattern!r} is not a regular expression: {error}."
         ) from error
     whole_number("min_slices", min_slices, 1)
+    whole_number("most_bytes", most_bytes, 1)
     workers = worker_count(workers)
     salt = salt or _kept_salt(output)
     rules = Rules(profile, min_slices, most_bytes, salt, hash_ids, patient_pattern or "")

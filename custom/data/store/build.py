@@ -23,9 +23,9 @@ from custom.data.scans import Scan, list_scans
 from custom.data.store.build_cost import build_cost
 from custom.data.store.build_parts import faults_of_parts, parse, save_faults, share
 from custom.data.store.convert import convert, record_path, stamp
+from custom.data.store.records import VolumeRecord
 from custom.data.store.settings import SPACING, BuildSettings
 from custom.data.store.volume_store import (
-    VolumeRecord,
     VolumeStore,
     read_index,
     store_text,
@@ -210,7 +210,7 @@ class _Build:
             if part is None or leftover.name.startswith(starts):
                 leftover.unlink(missing_ok=True)
         images = {scan.name: scan.image for scan in todo}
-        outcomes = _build_all(todo, store, self.settings, workers)
+        outcomes = _build_all(todo, store, self.settings, workers, self.asked.most_bytes)
         for outcome in tqdm(
             outcomes, total=len(todo), desc="build", disable=not self.asked.progress or not todo
         ):
@@ -335,10 +335,12 @@ def _is_built(store: Path, record: VolumeRecord | None, scan: Scan) -> bool:
     return _has_files(store, scan) and same
 
 
-def _build_all(scans: list[Scan], store: Path, settings: dict, workers: int) -> Iterator[Built]:
+def _build_all(
+    scans: list[Scan], store: Path, settings: dict, workers: int, most_bytes: int
+) -> Iterator[Built]:
     if workers <= 1 or len(scans) <= 1:
         for scan in scans:
-            yield _build_one(scan, store, settings)
+            yield _build_one(scan, store, settings, most_bytes)
         return
     pool = ProcessPoolExecutor(
         min(workers, len(scans)),
@@ -346,7 +348,7 @@ def _build_all(scans: list[Scan], store: Path, settings: dict, workers: int) -> 
         initializer=_start_worker,
     )
     try:
-        jobs = [pool.submit(_build_one, scan, store, settings) for scan in scans]
+        jobs = [pool.submit(_build_one, scan, store, settings, most_bytes) for scan in scans]
         for job in as_completed(jobs):
             yield job.result()
     finally:
@@ -358,9 +360,9 @@ def _start_worker() -> None:
     torch.set_num_threads(1)
 
 
-def _build_one(scan: Scan, store: Path, settings: dict) -> Built:
+def _build_one(scan: Scan, store: Path, settings: dict, most_bytes: int) -> Built:
     try:
-        return Built(scan.name, record=convert(scan, store, settings))
+        return Built(scan.name, record=convert(scan, store, settings, most_bytes))
     except ScanError as error:
         return Built(scan.name, fault=str(error))
     except StoreError:

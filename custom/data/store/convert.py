@@ -19,20 +19,22 @@ from custom.data.errors import ScanError, StoreError
 from custom.data.formats.dicom_volume import read_series
 from custom.data.formats.open_scan import Voxels, open_scan
 from custom.data.formats.reasons import Fault
+from custom.data.formats.voxels import MOST_BYTES
 from custom.data.grid.body import body_box, body_mask, crop_box, near_body
 from custom.data.grid.orientation import is_same_grid, to_ras
 from custom.data.grid.profiles import PROFILES, Values, body_threshold, scaling, to_hu, to_stored
 from custom.data.grid.resample import Regrid, regrid, resample_part
 from custom.data.scans import Scan
 from custom.data.store.chunked_array import CHUNK, ArrayWriter, write_array
-from custom.data.store.volume_store import VolumeRecord, require_plain_name, store_text, volume_path
+from custom.data.store.records import VolumeRecord
+from custom.data.store.volume_store import require_plain_name, store_text, volume_path
 from custom.files import sha256_of_file
 
 _SLAB = 1 << 24  # voxels of the scan that are converted at a time: 64 MiB as float32 (ours)
 _IN_MEMORY = 1 << 28  # bytes; a larger resampled scan is kept in a temporary file (ours)
 
 
-def convert(scan: Scan, store: Path, settings: dict[str, Any]) -> VolumeRecord:
+def convert(scan: Scan, store: Path, settings: dict[str, Any], most_bytes: int = MOST_BYTES) -> VolumeRecord:
     """Write the files of one scan. Its record comes last, so a volume with a record is complete.
 
     It needs memory for the scan as its file stores it (2 bytes for each voxel of most CT), and some hundred MB.
@@ -41,15 +43,16 @@ def convert(scan: Scan, store: Path, settings: dict[str, Any]) -> VolumeRecord:
         scan: to convert.
         store: folder to write.
         settings: of the store, from ``BuildSettings.stored``.
+        most_bytes: of voxels in its file and in the store; a larger scan is refused before it is read.
 
     Raises:
         ScanError: if the scan cannot be used.
         StoreError: if its files cannot be written.
     """
     profile, spacing = settings["profile"], tuple(settings["spacing"])
-    voxels = _open(scan)
+    voxels = _open(scan, most_bytes)
     source_grid = voxels.raw.shape, voxels.affine
-    with _resampled(scan, voxels, spacing, profile, store) as (volume, affine):
+    with _resampled(scan, voxels, spacing, profile, store, most_bytes) as (volume, affine):
         del voxels
         body, steps = body_mask(volume, spacing, threshold=body_threshold(volume, profile))
         if not body.any():
@@ -63,7 +66,7 @@ def convert(scan: Scan, store: Path, settings: dict[str, Any]) -> VolumeRecord:
         low, high = (0, 0, 0), volume.shape
         if settings["crop_margin_mm"] is not None:
             low, high = crop_box(body, steps, volume.shape, spacing, settings["crop_margin_mm"])
-        label_sha256, labels = _write_label(scan, source_grid, spacing, store, low, high)
+        label_sha256, labels = _write_label(scan, source_grid, spacing, store, low, high, most_bytes)
         cells = tuple(slice(a // s, -(-b // s)) for a, b, s in zip(low, high, steps, strict=True))
         kept = body[cells]
         write_array(volume_path(store, scan.name, "body"), kept.astype(np.uint8))
@@ -119,34 +122,40 @@ def stamp(path: Path) -> dict[str, int]:
     return {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
-def _open(scan: Scan) -> Voxels:
+def _open(scan: Scan, most_bytes: int) -> Voxels:
     if files := scan.extra.get("files"):  # a DICOM series
-        return Voxels(*read_series([Path(file) for file in files]))
-    return _open_file(scan.image)
+        return Voxels(*read_series([Path(file) for file in files], most_bytes))
+    return _open_file(scan.image, most_bytes)
 
 
-def _open_file(path: Path) -> Voxels:
+def _open_file(path: Path, most_bytes: int) -> Voxels:
     if not path.is_file():
         raise ScanError(f"{path}: no such file.")
     try:
-        return open_scan(path)
+        return open_scan(path, most_bytes=most_bytes)
     except Fault as fault:
         raise ScanError(f"{path}: {fault}") from fault
 
 
 @contextlib.contextmanager
 def _resampled(
-    scan: Scan, voxels: Voxels, spacing: tuple[float, ...], profile: str, folder: Path
+    scan: Scan, voxels: Voxels, spacing: tuple[float, ...], profile: str, folder: Path, most_bytes: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The scan on the store's grid, and its affine. CT is int16 HU, other profiles are float32."""
     turned, turned_affine = to_ras(voxels.raw, voxels.affine)
     plan = regrid(turned.shape, turned_affine, spacing)
+    dtype = np.dtype(np.int16 if profile == "ct" else np.float32)
+    if (size := math.prod(plan.shape) * dtype.itemsize) > most_bytes:  # a small file can claim huge voxels
+        raise ScanError(
+            f"{scan.image}: has {size} bytes of voxels at {list(spacing)} mm, most_bytes is {most_bytes}. Leave it out, "
+            "or set a coarser spacing or a larger most_bytes."
+        )
     axis = int(np.argmax(np.abs(turned.strides)))  # slabs that are contiguous in memory
     values = Values(scan.image)
     for _, part in _slabs(turned, plan, axis, halo=False):
         values.see(voxels.scaled(part))
     values.judge(profile)
-    with _workspace(plan.shape, np.dtype(np.int16 if profile == "ct" else np.float32), folder) as volume:
+    with _workspace(plan.shape, dtype, folder) as volume:
         for (start, stop), part in _slabs(turned, plan, axis):
             known = voxels.scaled(part)
             known = to_hu(known) if profile == "ct" else known.astype(np.float32)
@@ -215,12 +224,13 @@ def _write_label(
     store: Path,
     low: tuple[int, ...],
     high: tuple[int, ...],
+    most_bytes: int,
 ) -> tuple[str | None, list[int]]:
     """Write the label map, cut like its image. Returns its SHA-256 and the labels in it."""
     if scan.label is None:
         return None, []
     shape, affine = source_grid
-    voxels = _open_file(scan.label)
+    voxels = _open_file(scan.label, most_bytes)
     if not is_same_grid(voxels.raw.shape, voxels.affine, shape, affine):
         raise ScanError(
             f"{scan.label}: shape {voxels.raw.shape} or position differs from its image {scan.image} {shape}."

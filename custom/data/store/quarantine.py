@@ -12,6 +12,7 @@ import torch
 from ignite.engine import Events
 
 from custom.data.errors import DamagedScan, StoreError
+from custom.data.store.records import pack, unpack
 from custom.errors import AliceError
 from custom.files import read_json, write_text
 from custom.processes import names_of_all, rank
@@ -33,10 +34,18 @@ class Quarantine:
     def __init__(self, names: Sequence[str], allowed: int = 0) -> None:
         if allowed < 0:
             raise AliceError(f"bad_scans_allowed must be at least 0, got {allowed}.")
-        self._index = {name: i for i, name in enumerate(sorted(set(names)))}
+        self._packed = pack(sorted(set(names)))
+        self._index = {name: i for i, name in enumerate(unpack(self._packed))}
         self.allowed = allowed
         self._damaged = torch.zeros(len(self._index), dtype=torch.bool).share_memory_()
         self._whole = torch.zeros(len(self._index), dtype=torch.bool).share_memory_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_index"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._index = {name: i for i, name in enumerate(unpack(self._packed))}
 
     @property
     def names(self) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from custom.data.arguments import number, voxel_size, whole_number, worker_count
 from custom.data.errors import StoreError
+from custom.data.formats.voxels import MOST_BYTES
 from custom.data.grid.profiles import profile_of
 from custom.errors import AliceError
 
@@ -34,6 +35,7 @@ class BuildSettings:
         margin_mm: air kept around that box; None takes the store's, else 10.
         remove_table: set everything that is not near the body to air; None takes the store's, else False.
         check_disk: refuse a disk that is too small before anything is written.
+        most_bytes: of voxels in a scan, in its file and in the store; a larger one is refused before it is read.
 
     Raises:
         AliceError: for a value that cannot be used; the message names it.
@@ -49,10 +51,12 @@ class BuildSettings:
     margin_mm: float | None = None
     remove_table: bool | None = None
     check_disk: bool = True
+    most_bytes: int = MOST_BYTES
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spacing", tuple(voxel_size(self.spacing)))
         whole_number("bad_scans_allowed", self.bad_scans_allowed, 0)
+        whole_number("most_bytes", self.most_bytes, 1)
         worker_count(self.workers)
         if self.profile is not None:
             profile_of(self.profile)

@@ -6,8 +6,8 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +17,10 @@ from custom.data.errors import DamagedScan, StoreError
 from custom.data.grid.profiles import PROFILES, profile_of, window_of
 from custom.data.remote import RemoteFolder, is_url
 from custom.data.store.chunked_array import CHUNK, MAKE_ROOM, ChunkedArray
-from custom.errors import AliceError
+from custom.data.store.records import Records, VolumeRecord
 from custom.files import is_plain_name, read_json, write_text
 
 FORMAT = "alice-store-3"
-
-
-@dataclass
-class VolumeRecord:
-    """What the index says about one volume."""
-
-    name: str
-    patient: str
-    shape: list[int]  # voxels along x, y, z
-    affine: list[list[float]]  # voxel to world, RAS mm
-    body_box: list[list[int]]  # first and one-past-last voxel of the body along x, y, z
-    body_step: list[int]  # voxels per cell of the body mask
-    source: str
-    source_sha256: str
-    voxels_sha256: str
-    label_sha256: str | None = None
-    labels: list[int] = field(default_factory=list)
-    source_stamp: dict[str, int] = field(default_factory=dict)  # size and mtime_ns
-    crop_start: list[int] = field(
-        default_factory=lambda: [0, 0, 0]
-    )  # first voxel of the volume in the uncut scan
-    scaling: dict[str, float] = field(
-        default_factory=dict
-    )  # stored = (value - offset) * scale; of profiles but ct
-
-    def __post_init__(self) -> None:
-        if len(self.shape) != 3 or len(self.affine) != 4:
-            raise AliceError(f"volume {self.name!r} has shape {self.shape} and affine {self.affine}")
 
 
 class VolumeStore:
@@ -75,7 +47,7 @@ class VolumeStore:
         index = read_index(self.path)
         self.settings: dict[str, Any] = index["settings"]
         self.spacing: tuple[float, ...] = tuple(self.settings["spacing"])
-        self.records = {name: VolumeRecord(**record) for name, record in sorted(index["volumes"].items())}
+        self.records: Mapping[str, VolumeRecord] = Records(index["volumes"])
         self._open = functools.lru_cache(maxsize=128)(self._open_array)
         self._body = functools.lru_cache(maxsize=64)(self._body_voxels)  # some MiB for a large scan
 
@@ -110,6 +82,8 @@ class VolumeStore:
 
     def patient(self, name: str) -> str:
         """The patient of a volume."""
+        if name in self.records and isinstance(self.records, Records):
+            return self.records.patient(name)
         return self._record(name).patient
 
     def shape(self, name: str) -> tuple[int, int, int]:

@@ -130,8 +130,8 @@ class Cmae(Method):
 
     def target(self, views: CmaeViews) -> Tensor:
         """The teacher's vectors (B, D) of crop 2."""
-        assert self.teacher is not None
-        return self.teacher.projector(self.teacher.encoder(views.target).tokens.mean(dim=1))
+        assert isinstance(self.teacher, Teacher)
+        return self.teacher.project("projector", self.teacher.tokens(views.target).mean(dim=1))
 
     def online(self, student: nn.Module, views: CmaeViews, target: Tensor) -> CmaeOutput:
         """Predicted patches and vectors of crop 1."""

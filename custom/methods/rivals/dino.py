@@ -113,8 +113,8 @@ class Dino(Method):
 
     def target(self, views: TwoViews) -> Tensor:
         """The teacher's logits (2B, K)."""
-        assert self.teacher is not None
-        return self.teacher.head(self.teacher.encoder(views.crop).tokens.mean(dim=1))
+        assert isinstance(self.teacher, Teacher)
+        return self.teacher.project("head", self.teacher.tokens(views.crop).mean(dim=1))
 
     def online(self, student: nn.Module, views: TwoViews, target: Tensor) -> Tensor:
         """The student's logits of both crops and of local ones, ((2 + L) B, K)."""

@@ -172,8 +172,8 @@ class Ibot(Method):
 
     def target(self, views: TwoViews) -> Logits:
         """The teacher's logits of crops with nothing hidden."""
-        assert self.teacher is not None
-        return logits_of(self.teacher.head, self.teacher.encoder(views.crop).tokens)
+        assert isinstance(self.teacher, Teacher)
+        return logits_of(self.teacher.get_submodule("head"), self.teacher.tokens(views.crop))
 
     def online(self, student: nn.Module, views: TwoViews, target: Logits) -> Logits:
         """The student's logits of masked crops."""

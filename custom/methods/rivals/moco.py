@@ -97,8 +97,8 @@ class Moco(Method):
 
     def target(self, views: TwoViews) -> Tensor:
         """The teacher's vectors (2B, D) of the same views."""
-        assert self.teacher is not None
-        return self.teacher.projector(self.teacher.encoder(views.crop).tokens.mean(dim=1))
+        assert isinstance(self.teacher, Teacher)
+        return self.teacher.project("projector", self.teacher.tokens(views.crop).mean(dim=1))
 
     def online(self, student: nn.Module, views: TwoViews, target: Tensor) -> Tensor:
         """The student's predictions (2B, D)."""

@@ -157,8 +157,8 @@ class Sim(Method):
 
     def target(self, views: SimViews) -> Tensor:
         """The teacher's tokens of crop 2, (B, N, D), each normalised."""
-        assert self.teacher is not None
-        found = self.teacher.projector(self.teacher.encoder(views.target).tokens)
+        assert isinstance(self.teacher, Teacher)
+        found = self.teacher.project("projector", self.teacher.tokens(views.target))
         return F.layer_norm(found.float(), found.shape[-1:])
 
     def online(self, student: nn.Module, views: SimViews, target: Tensor) -> Tensor:

@@ -48,6 +48,16 @@ class Teacher(nn.Module):
             self.add_module(name, copy.deepcopy(module))
         self.requires_grad_(False)
 
+    def tokens(self, crop: Tensor) -> Tensor:
+        """Tokens (B, N, C) of crops (B, 1, X, Y, Z), nothing hidden."""
+        found: Tensor = self.get_submodule("encoder")(crop).tokens
+        return found
+
+    def project(self, name: str, tokens: Tensor) -> Tensor:
+        """Tokens through a head, ``name`` as in the student."""
+        found: Tensor = self.get_submodule(name)(tokens)
+        return found
+
     def train(self, mode: bool = True) -> Teacher:
         """Evaluation mode, but for batch norm."""
         super().train(False)
