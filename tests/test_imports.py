@@ -29,10 +29,10 @@ def imports():
             if isinstance(node, ast.Import):
                 targets |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
-                assert not node.level, f"{name}: relative import"
                 whole = node.module == "custom"  # `from custom import x` is the module custom.x
                 names = {f"custom.{a.name}" for a in node.names if not a.name.startswith("_")}
-                targets |= names if whole else {node.module or ""}
+                beside = f"{name.rpartition('.')[0]}." if node.level else ""
+                targets |= names if whole else {f"{beside}{node.module}"}
         found[name] = {target for target in targets if target.split(".")[0] == "custom"}
     return found
 

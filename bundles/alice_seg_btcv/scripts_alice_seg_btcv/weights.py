@@ -46,12 +46,12 @@ def fitting(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor
     """A state dict as a network takes it, whichever version of MONAI made either of them.
 
     MONAI 1.4 and 1.5 make cross-attention in every transformer block, 1.6 only where it is used. What a network
-    makes and does not use keeps its values.
+    makes, does not use and is not given keeps its values.
     """
     if any(getattr(module, "with_cross_attention", False) for module in network.modules()):
         return dict(state)
-    unused = {name: tensor for name, tensor in network.state_dict().items() if "cross_attn." in name}
-    return {name: tensor for name, tensor in state.items() if "cross_attn." not in name} | unused
+    own = {name: tensor for name, tensor in network.state_dict().items() if "cross_attn." in name}
+    return own | {name: tensor for name, tensor in state.items() if "cross_attn." not in name or name in own}
 
 
 class LoadWeights:
