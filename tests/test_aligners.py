@@ -222,6 +222,22 @@ def test_calibrate_keeps_the_score_with_embeddings_and_weights(store, embeddings
         cli.calibrate(str(store.path), str(folder), "case", weights=str(tmp_path / "other.safetensors"))
 
 
+@pytest.mark.parametrize("pair", [("case0", "case1"), ("case2", "case4"), ("case5", "case3")])
+def test_one_point_and_many_are_refused_by_the_same_support(store, embeddings, pair):
+    query, key = pair
+    aligner = SamAligner(store, embeddings, -0.5)
+    share = aligner.pair_map(query, key).support
+    assert aligner.few_map(query, key).support == share == aligner.support(query, key)
+    few = fit_pair_map(aligner.blocks(query), aligner.blocks(key), anchors=128).support
+    between = (
+        (few + share) / 2 if few != share else share + 1e-6
+    )  # where 128 matches alone would decide otherwise
+    strict = SamAligner(store, embeddings, -0.5, min_support=between)
+    point = body_point(store, query)
+    one = strict.align(query, point, key, np.random.default_rng(0)).score
+    assert (one == -1) == (strict.match(query, point[None], key).scores[0] == -1) == (share < between)
+
+
 def test_scans_without_common_anatomy_are_refused_whatever_their_scores(store, embeddings):
     aligner = SamAligner(store, embeddings, -0.5, min_support=1.01)
     matches = aligner.match("case0", body_point(store, "case0")[None], "case1")

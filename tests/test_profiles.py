@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 
 from custom.data.errors import ScanError
-from custom.data.grid.profiles import ProfileError, profile_of, require_ct, to_hu, window_of
+from custom.data.grid.profiles import ProfileError, profile_of, require_ct, to_hu, window, window_of
 from custom.data.intake.scan_folder import scan_folder
 from custom.data.store.build import build_store
+from custom.landmarks.aligners.affine import AffineAligner
 from custom.landmarks.aligners.simple import CoordinateAligner
 from custom.landmarks.training.view_pairs import ViewPairs
 from custom.methods.pairs import AlignedPair
@@ -53,6 +54,20 @@ def test_mr_is_stored_between_the_percentiles_of_its_body(folder, tmp_path):
     low, high = np.percentile(body, [0.2, 99.8])
     assert scaled["offset"] == pytest.approx(low) and 10000 / scaled["scale"] == pytest.approx(high - low)
     assert 150 < low < 300 and 550 < high < 720, "the body, not the air around it"
+
+
+@pytest.mark.parametrize("profile", ["mr", "zscore"])
+def test_affine_registers_what_the_profile_shows(folder, tmp_path, profile):
+    store = build_store(folder, tmp_path, SPACING, progress=False, profile=profile)
+    name = store.names[0]
+    aligner = AffineAligner(store, spacing_mm=store.spacing[0])  # blocks of one voxel along x
+    blocks, affine = aligner._coarse(name)
+    step = np.rint(np.linalg.norm(affine[:3, :3], axis=0) / store.spacing).astype(int)
+    shown = window(store.read_crop(name, (0, 0, 0), np.array(blocks.shape) * step), *store.window((0.0, 1.0)))
+    assert blocks.mean() == pytest.approx(
+        shown.mean(), abs=1e-4
+    )  # read as HU, an MR would be 1 nearly everywhere
+    assert shown.std() > 0.05
 
 
 @pytest.mark.parametrize("profile", ["mr", "zscore"])

@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from custom.data.grid.profiles import window
 from custom.landmarks.aligners.protocol import Map, Match
 from custom.space import to_world
+
+SOFT_TISSUE_HU = (-500.0, 300.0)  # of CT; other profiles have a window of their own
 
 
 class AffineAligner:
@@ -62,8 +65,8 @@ class AffineAligner:
         affine, shape = self.scans.affine(name), self.scans.shape(name)
         step = np.maximum(1, np.rint(self.spacing_mm / np.linalg.norm(affine[:3, :3], axis=0))).astype(int)
         size = np.array(shape) // step
-        hu = self.scans.read_crop(name, (0, 0, 0), size * step)
-        blocks = np.clip((hu.astype(np.float32) + 500.0) / 800.0, 0, 1)
+        stored = self.scans.read_crop(name, (0, 0, 0), size * step)
+        blocks = window(stored, *self.scans.window(SOFT_TISSUE_HU))
         blocks = blocks.reshape(size[0], step[0], size[1], step[1], size[2], step[2]).mean(axis=(1, 3, 5))
         coarse = affine.copy()
         coarse[:3, :3] = affine[:3, :3] * step

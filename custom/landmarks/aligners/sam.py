@@ -16,7 +16,7 @@ from custom.landmarks.embeddings.embedding_map import query_cells
 from custom.landmarks.embeddings.folder import EmbeddingFolder
 from custom.landmarks.embeddings.stored import StoredEmbedding
 from custom.landmarks.matching.local_search import match_near
-from custom.landmarks.matching.pair_map import FEW_ANCHORS, PairMap, fit_pair_map, refine_pair_map
+from custom.landmarks.matching.pair_map import FEW_ANCHORS, PairMap, agreement, fit_pair_map, refine_pair_map
 from custom.landmarks.matching.points import Matches, match_points
 from custom.landmarks.matching.search import REFUSED, Method
 from custom.space import to_world
@@ -157,17 +157,18 @@ class SamAligner:
         self.blocks = functools.lru_cache(16)(lambda name: self.embeddings[name].blocks)
 
     def _fit(self, scan_q: str, scan_k: str) -> PairMap:
-        pair = fit_pair_map(self.blocks(scan_q), self.blocks(scan_k))
+        pair = fit_pair_map(self.blocks(scan_q), self.blocks(scan_k))  # its support is that of `_agree`
         if pair.support < self.min_support:
             return pair  # to be refused
         return refine_pair_map(pair, self.embeddings[scan_q], self.embeddings[scan_k])
 
     def _fit_few(self, scan_q: str, scan_k: str) -> PairMap:
-        return fit_pair_map(self.blocks(scan_q), self.blocks(scan_k), anchors=FEW_ANCHORS)
+        few = fit_pair_map(self.blocks(scan_q), self.blocks(scan_k), anchors=FEW_ANCHORS)
+        return few._replace(support=self.support(scan_q, scan_k))  # one rule: few matches may agree by chance
 
     def _agree(self, scan_q: str, scan_k: str) -> float:
-        """Share of a few matches that agree on an affine map; :meth:`align` fits its map to the same matches."""
-        return self.few_map(scan_q, scan_k).support
+        """Share of matches that agree on an affine map: what :meth:`align` and :meth:`match` refuse a pair by."""
+        return agreement(self.blocks(scan_q), self.blocks(scan_k))
 
 
 def _refused(matches: Matches) -> Matches:

@@ -80,19 +80,34 @@ def fit_pair_map(blocks_q: Blocks, blocks_k: Blocks, *, anchors: int = ANCHORS) 
     Returns:
         The map; look at its ``support`` before using it.
     """
+    points_q, points_k, trust = _match_blocks(blocks_q, blocks_k, anchors)
+    matrix, middle_q, middle_k = robust_affine(points_q, points_k, trust)
+    residual = points_k - (points_q - middle_q) @ matrix.T - middle_k
+    coefficients = fit_bending(points_q, residual, trust, BEND_NOISE_MM)
+    return PairMap(matrix, middle_q, middle_k, points_q, coefficients, _share_that_agrees(residual))
+
+
+def agreement(blocks_q: Blocks, blocks_k: Blocks) -> float:
+    """Share of 512 matches of two scans that agree on an affine map: the ``support`` of their map, without its bending."""
+    points_q, points_k, trust = _match_blocks(blocks_q, blocks_k, ANCHORS)
+    matrix, middle_q, middle_k = robust_affine(points_q, points_k, trust)
+    return _share_that_agrees(points_k - (points_q - middle_q) @ matrix.T - middle_k)
+
+
+def _match_blocks(
+    blocks_q: Blocks, blocks_k: Blocks, anchors: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Blocks of Q and what they match in K, both (n, 3) mm, and how far each match is trusted, (n,)."""
     chosen = np.random.default_rng(0).permutation(len(blocks_q.vectors))[:anchors]
     points_q = blocks_q.points_mm[chosen]
     there = (blocks_q.vectors[chosen] @ blocks_k.vectors[: blocks_k.alternate].T).argmax(axis=1)
     back = (blocks_k.vectors[there] @ blocks_q.vectors[: blocks_q.alternate].T).argmax(axis=1)
-    points_k = blocks_k.points_mm[there]
     cycle_mm = np.linalg.norm(blocks_q.points_mm[back] - points_q, axis=1)
-    trust = 1 / (1 + (cycle_mm / CYCLE_MM) ** 2)
+    return points_q, blocks_k.points_mm[there], 1 / (1 + (cycle_mm / CYCLE_MM) ** 2)
 
-    matrix, middle_q, middle_k = robust_affine(points_q, points_k, trust)
-    residual = points_k - (points_q - middle_q) @ matrix.T - middle_k
-    support = float((np.linalg.norm(residual, axis=1) < AGREE_MM).mean())
-    coefficients = fit_bending(points_q, residual, trust, BEND_NOISE_MM)
-    return PairMap(matrix, middle_q, middle_k, points_q, coefficients, support)
+
+def _share_that_agrees(residual: np.ndarray) -> float:
+    return float((np.linalg.norm(residual, axis=1) < AGREE_MM).mean())
 
 
 def refine_pair_map(
