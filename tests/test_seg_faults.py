@@ -362,13 +362,14 @@ def test_own_classes_are_trained_and_evaluated(cohort, tmp_path):
         "--labels",
         "['a','b','c']",
     ]
-    words += [str(word) for key, value in TRIAL.items() for word in (f"--{key}", value)]
+    small = [str(word) for key, value in TINY.items() for word in (f"--{key}", value)]
+    short = ["--epochs", "1", "--crops_per_case", "1"]
     for names, more in (
-        (("train",), ["--output_dir", tmp_path / "r", "--ckpt_dir", tmp_path / "r"]),
+        (("train",), ["--output_dir", tmp_path / "r", "--ckpt_dir", tmp_path / "r", *short]),
         (("train", "inference", "evaluate"), ["--output_dir", tmp_path / "e", "--checkpoint", tmp_path / "r" / "model_finetuned.pt"]),
     ):  # fmt: skip
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", str(configs(*names)), *words, *map(str, more)],
+            [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", str(configs(*names)), *words, *small, *map(str, more)],
             capture_output=True,
             text=True,
         )  # fmt: skip

@@ -18,7 +18,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from answers import check_beside, check_description, check_masks, check_same_as_bundle_run
+from answers import (
+    check_beside,
+    check_description,
+    check_masks,
+    check_refusals,
+    check_same_as_bundle_run,
+)
 from facts import Facts, check_weights
 from server import LabelServer
 from studies import write_studies
@@ -47,6 +53,7 @@ def accept(
         chosen = sorted(served.glob("*.nii*"))[:images]
         answers = {image: check_masks(facts, server, image, labels, scratch) for image in chosen}
         masks = {image: mask for image, mask in answers.items() if mask}
+        check_refusals(facts, server, scratch)
         if facts(bool(masks), "there are masks to compare"):
             check_same_as_bundle_run(facts, server, masks, scratch)
             if beside:

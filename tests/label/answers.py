@@ -94,6 +94,28 @@ def _placed_alike(a: Path, b: Path) -> bool:
     return all(np.allclose(x, y, atol=1e-3) for x, y in zip(place(a), place(b), strict=True))
 
 
+def check_refusals(facts: Facts, server: LabelServer, scratch: Path) -> None:
+    """A scan that cannot be used is answered with a sentence that names what is wrong, not with "Internal Server Error"."""
+    shape = (40, 40, 40)
+    inside = np.random.default_rng(0).integers(-47, 833, shape).astype(np.int16)
+    body = np.where(np.indices(shape)[0] < 20, np.int16(-1000), np.int16(40))
+    made = {"mr": inside, "slab": body[..., :4], "cut": body}
+    why = {"mr": "shows neither air nor fat", "slab": "is too thin", "cut": "is cut short or damaged"}
+    for name, voxels in made.items():
+        path = scratch / f"{name}.nii.gz"
+        nib.save(nib.Nifti1Image(voxels, np.diag([3.0, 3.0, 3.0, 1.0])), path)
+        if name == "cut":
+            path.write_bytes(path.read_bytes()[:-9])
+        with open(path, "rb") as file:
+            answer = server.session.post(
+                f"{server.url}/infer/{server.name}", files={"file": (path.name, file)}, timeout=600
+            )
+        told = f"{answer.status_code} {answer.text[:300]}"
+        facts(
+            answer.status_code == 422 and why[name] in answer.text, f"{name}: refused with a sentence", told
+        )
+
+
 def check_beside(
     facts: Facts,
     server: LabelServer,
