@@ -1,4 +1,5 @@
 import inspect
+import re
 
 import pytest
 
@@ -88,3 +89,15 @@ def test_every_argument_of_every_command_is_of_a_known_kind(name):
     for parameter in inspect.signature(command(name)).parameters.values():
         if parameter.kind is not parameter.VAR_KEYWORD:
             assert kind_of_parameter(parameter).names, f"alice {name} --{parameter.name}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_goes_to_the_screen_and_describes_every_argument(name, capsys):
+    main([name, "--help"])
+    shown = capsys.readouterr()
+    assert not shown.err and shown.out.startswith("NAME") and f"alice {name} " in shown.out
+    described = re.findall(
+        r"^    (\w+): ", inspect.getdoc(command(name)).replace("Args:\n", "\n"), re.MULTILINE
+    )
+    taken = inspect.signature(command(name)).parameters.values()
+    assert described == [p.name for p in taken]

@@ -50,12 +50,14 @@ def test_stock_unetr_is_filled_whole_and_gives_the_same_features(saved, capsys):
     net, path = saved
     unetr = UNETR(**UNETR_12).eval()
     report = load_encoder(unetr, path)
+    assert not capsys.readouterr().out
     volume = torch.rand(2, 1, *SIZE)
     torch.testing.assert_close(unetr.vit(volume)[0], net(volume)[0], rtol=0, atol=1e-5)
     for own, stock in zip(net(volume)[1], unetr.vit(volume)[1], strict=True):
         torch.testing.assert_close(own, stock, rtol=0, atol=1e-5)
     used = {k for k in unetr.vit.state_dict() if "cross_attn" not in k}
     assert set(report.loaded) == used
+    load_encoder(unetr, path, verbose=True)
     assert "(100%)" in capsys.readouterr().out and report.metadata["spacing"] == [1.5, 1.5, 2.0]
 
 
@@ -79,14 +81,14 @@ def test_the_exported_file_loads_strictly_into_monais_vit(saved):
     net, path = saved
     stock = ViT(**(TINY_VIT | {"num_layers": 12}))
     stock.load_state_dict(load_file(path), strict=True)
-    load_encoder(ViT(**(TINY_VIT | {"num_layers": 12})), path, verbose=False)
+    load_encoder(ViT(**(TINY_VIT | {"num_layers": 12})), path)
 
 
 def test_an_autoencoder_takes_the_encoder_and_keeps_its_decoder(saved):
     net, path = saved
     auto = ViTAutoEnc(1, SIZE, 16, hidden_size=48, mlp_dim=96, num_layers=12, num_heads=4).eval()
     before = {k: v.clone() for k, v in auto.state_dict().items() if k.startswith("conv3d_transpose")}
-    load_encoder(auto, path, verbose=False)
+    load_encoder(auto, path)
     assert all(torch.equal(v, auto.state_dict()[k]) for k, v in before.items())
     torch.testing.assert_close(auto(torch.ones(1, 1, *SIZE))[1][-1], net(torch.ones(1, 1, *SIZE))[1][-1])
 
@@ -96,7 +98,7 @@ def test_either_patch_embedding_takes_the_others_weights_exactly(tmp_path, ours,
     net = encoder(proj_type=ours)
     save_encoder(tmp_path / "e.safetensors", net, {"network": net.settings})
     unetr = UNETR(**UNETR_12, proj_type=theirs).eval()
-    report = load_encoder(unetr, tmp_path / "e.safetensors", verbose=False)
+    report = load_encoder(unetr, tmp_path / "e.safetensors")
     volume = torch.rand(1, 1, *SIZE)
     torch.testing.assert_close(unetr.vit(volume)[0], net(volume)[0], rtol=0, atol=2e-5)
     assert "exact" in next(iter(report.adapted.values()))
@@ -134,7 +136,7 @@ def test_another_token_grid_is_refused_unless_interpolation_is_asked_for(saved):
         WeightsError, match=r"grid \[2, 3, 1\] in the file, \[3, 3, 2\] here: pass interpolate_positions"
     ):
         load_encoder(other, path)
-    report = load_encoder(other, path, interpolate_positions=True, verbose=False)
+    report = load_encoder(other, path, interpolate_positions=True)
     assert "interpolated from grid" in report.adapted["patch_embedding.position_embeddings"]
 
 
@@ -151,7 +153,7 @@ def test_a_stock_vit_of_another_size_says_that_it_needs_its_grid(saved):
     vit = ViT(**(TINY_VIT | {"num_layers": 12, "img_size": (48, 48, 32)}))
     with pytest.raises(WeightsError, match="pass grid="):
         load_encoder(vit, path)
-    load_encoder(vit, path, grid=(3, 3, 2), interpolate_positions=True, verbose=False)
+    load_encoder(vit, path, grid=(3, 3, 2), interpolate_positions=True)
 
 
 def test_another_number_of_heads_is_refused_though_every_shape_fits(saved):
@@ -167,7 +169,7 @@ def test_input_channels_are_repeated_only_when_asked(saved):
     two = UNETR(**(UNETR_12 | {"in_channels": 2})).eval()
     with pytest.raises(WeightsError, match="pass adapt_channels=True"):
         load_encoder(two, path)
-    load_encoder(two, path, adapt_channels=True, verbose=False)
+    load_encoder(two, path, adapt_channels=True)
     volume = torch.rand(1, 1, *SIZE)
     torch.testing.assert_close(
         two.vit(volume.expand(-1, 2, -1, -1, -1))[0], net(volume)[0], atol=1e-5, rtol=0
@@ -182,7 +184,7 @@ def test_weights_of_older_monai_without_or_with_cross_attention_load(saved, tmp_
     save_file(state | {"blocks.0.cross_attn.to_q.weight": torch.zeros(48, 48)}, tmp_path / "v14.safetensors")
     for name in ("v13", "v14"):
         unetr = UNETR(**UNETR_12).eval()
-        load_encoder(unetr, tmp_path / f"{name}.safetensors", verbose=False)
+        load_encoder(unetr, tmp_path / f"{name}.safetensors")
         torch.testing.assert_close(
             unetr.vit(torch.ones(1, 1, *SIZE))[0], net(torch.ones(1, 1, *SIZE))[0], atol=1e-5, rtol=0
         )
@@ -202,7 +204,7 @@ def test_half_precision_halves_the_file_and_loads_into_full(saved, tmp_path):
     save_encoder(tmp_path / "half.safetensors", net, {"network": net.settings}, half=True)
     assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * path.stat().st_size
     unetr = UNETR(**UNETR_12).eval()
-    load_encoder(unetr, tmp_path / "half.safetensors", verbose=False)
+    load_encoder(unetr, tmp_path / "half.safetensors")
     assert all(v.dtype == torch.float32 for v in unetr.state_dict().values())
     torch.testing.assert_close(
         unetr.vit(torch.ones(1, 1, *SIZE))[0], net(torch.ones(1, 1, *SIZE))[0], atol=2e-2, rtol=0
@@ -275,7 +277,7 @@ def saved_swin(tmp_path):
 def test_stock_swin_unetr_is_filled_whole_and_gives_the_same_five_maps(saved_swin):
     net, path = saved_swin
     stock = SwinUNETR(**SWIN_UNETR).eval()
-    report = load_encoder(stock, path, verbose=False)
+    report = load_encoder(stock, path)
     assert set(report.loaded) == set(stock.swinViT.state_dict())
     volume = torch.rand(1, 1, 64, 32, 96)
     for own, theirs in zip(net(volume), stock.swinViT(volume, normalize=True), strict=True):
@@ -303,7 +305,7 @@ def test_a_swin_unetr_of_another_build_is_refused_with_the_fix(saved_swin, chang
 def test_a_swin_takes_more_input_channels_when_asked(saved_swin):
     net, path = saved_swin
     stock = SwinUNETR(**(SWIN_UNETR | {"in_channels": 2})).eval()
-    load_encoder(stock, path, adapt_channels=True, verbose=False)
+    load_encoder(stock, path, adapt_channels=True)
     volume = torch.rand(1, 1, 64, 32, 32)
     torch.testing.assert_close(
         stock.swinViT(volume.expand(-1, 2, -1, -1, -1))[4], net(volume)[4], atol=1e-4, rtol=1e-4
@@ -318,7 +320,7 @@ def test_nnformer_takes_its_encoder_and_another_index_is_refused(tmp_path):
         tmp_path / "n.safetensors", net.encoder, {"network_type": "NNFormer", "network": net.settings}
     )
     other = NNFormer(1, 5, **small).eval()
-    report = load_encoder(other, tmp_path / "n.safetensors", verbose=False)
+    report = load_encoder(other, tmp_path / "n.safetensors")
     assert set(report.loaded) == set(other.encoder.state_dict())
     volume = torch.rand(1, 1, 64, 64, 32)
     assert all(torch.equal(a, b) for a, b in zip(net.encode(volume), other.encode(volume), strict=True))

@@ -39,6 +39,7 @@ from custom.data.intake.ids_and_labels import name_all
 from custom.data.intake.scan_folder import Manifest, ManifestError, exit_code, scan_folder
 from custom.data.intake.scan_record import PROFILES, Job, Rules, ScanRecord
 from custom.data.scan_page import intake_page
+from custom.data.scans import hint_at_phases, list_scans
 
 SEEDS = Path(__file__).parent / "seeds"
 KEEPS_ONE = {"the_same_in_two_formats", "the_same_with_noise", "series_twice"}  # of two good scans, one stays
@@ -102,6 +103,39 @@ def test_scans_taken_for_one_patients_are_told_with_the_way_out(tmp_path):
     assert "1 patient can be used" in told and "All 2 scans are taken for one patient's" in told
     assert "--patient_pattern" in told
     assert "--patient_pattern" not in summary(scan(tmp_path, patient_pattern="(arterial|venous)"))
+
+
+def test_phases_that_count_as_patients_are_told_with_the_way_out(tmp_path, caplog):
+    for i, place in enumerate(("p1/arterial", "p1/venous", "p2/arterial", "p2/venous", "p3/venous")):
+        write_nifti(tmp_path / place / "ct.nii.gz", good_volume(i))
+    told = summary(scan(tmp_path))
+    assert "5 patients can be used" in told
+    assert "p1/arterial and p1/venous, are taken for a patient each. If p1 is one patient, say so: " in told
+    option = re.search(r"--patient_pattern '(.*)'", told)[1]
+    right = summary(scan(tmp_path, patient_pattern=option))
+    assert "3 patients can be used" in right and "--patient_pattern" not in right
+    assert {s.patient for s in list_scans(tmp_path, option)} == {"p1", "p2", "p3"} and not caplog.text
+    assert len({s.patient for s in list_scans(tmp_path)}) == 5 and "--patient_pattern" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        ["a/p1.nii.gz", "a/p2.nii.gz", "b/p3.nii.gz"],
+        ["siteA/train/c1.nii.gz", "siteA/train/c2.nii.gz", "siteA/test/c3.nii.gz", "siteB/train/c4.nii.gz",
+         "siteB/train/c5.nii.gz", "siteB/test/c6.nii.gz"],
+        ["p1/day1/ct.nii.gz", "p2/day2/ct.nii.gz"],
+        ["x/p1/ct.nii.gz", "x/p2/ct.nii.gz", "x/p3/ct.nii.gz"],
+    ],
+)  # fmt: skip
+def test_folders_that_are_no_phases_are_left_alone(places):
+    assert hint_at_phases((place, f"patient {place}") for place in places) == ""
+
+
+def test_a_label_without_an_image_is_named(tmp_path):
+    write_nifti(tmp_path / "a.nii.gz")
+    write_nifti(tmp_path / "gone_label.nii.gz", (good_volume() > 0).astype(np.uint8))
+    assert re.search(r"1  orphan_label .*\n +gone_label.nii.gz$", summary(scan(tmp_path)))
 
 
 def test_a_record_says_what_the_scan_holds(mixed):

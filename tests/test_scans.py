@@ -214,7 +214,9 @@ def test_mismatched_labels_are_refused(tmp_path):
 
 
 def test_other_settings_need_another_store(store, scans):
-    with pytest.raises(StoreError, match="Ask for the same settings, or choose another store_dir"):
+    with pytest.raises(
+        StoreError, match=r"Ask for the same settings .--spacing .*, or choose another store .store_dir."
+    ):
         build_store(scans, store.path, spacing=(2.0, 2.0, 2.0), progress=False)
     with pytest.raises(ValueError, match="between 0.1 and 20"):
         build_store(scans, store.path, spacing=(0.0, 2.0, 2.0), progress=False)

@@ -9,6 +9,7 @@ import pytest
 from monai.data import load_decathlon_datalist
 from seg_bundles import names_of, parser_of, write_case
 
+from custom.data.errors import ScanError
 from custom.data.layouts import case_name
 from custom.evaluation.splits.datalists import make_datalist, write_datalist
 
@@ -54,9 +55,9 @@ def test_scans_of_one_patient_stay_together(tmp_path):
 
 @pytest.mark.parametrize("fault, message", [
     ("value", "P1_scan.nii.gz: holds the values [14.0]; labels are 0 to 13."),
-    ("empty", "P1_scan.nii.gz: is empty. Leave the case out, or pass --allow_empty."),
+    ("empty", "P1_scan.nii.gz: is empty. Leave the case out (--leave_out), or pass --allow_empty."),
     ("grid", "P1_scan.nii.gz has shape (22, 25, 22)"),
-    ("alone", "P1_scan_0000.nii.gz: has no label."),
+    ("alone", "P1_scan_0000.nii.gz: has no label. Leave such images out: --labelled_only."),
     ("image", "P1_scan_0000.nii.gz: has no value below 0: it is not a CT, or not in Hounsfield units."),
 ])  # fmt: skip
 def test_faults_are_named(tmp_path, fault, message):
@@ -100,6 +101,25 @@ def test_the_command_writes_nothing_for_a_faulty_folder(tmp_path):
     labels = json.loads((tmp_path / "good.json").read_text())["labels"]
     assert labels["10"] == "esophagus"
     (tmp_path / "data" / "labels" / "P2_scan.nii.gz").unlink()
-    with pytest.raises(ValueError, match=r"P2_scan_0000.nii.gz: has no label"):
+    with pytest.raises(
+        ValueError,
+        match=r"data: 1 problem\(s\), so .*bad.json is not written.*\n  .*P2_scan_0000.nii.gz: has no label",
+    ):
         datalist(str(tmp_path / "data"), o=str(tmp_path / "bad.json"))
     assert not (tmp_path / "bad.json").exists()
+
+
+def test_cases_are_left_out_by_name_and_for_want_of_a_label(tmp_path):
+    from custom.cli.scores import datalist
+
+    def images(**options):
+        datalist(str(tmp_path / "data"), o=str(tmp_path / "d.json"), folds=2, **options)
+        return [Path(r["image"]).name[:2] for r in json.loads((tmp_path / "d.json").read_text())["training"]]
+
+    cohort(tmp_path / "data")
+    (tmp_path / "data" / "labels" / "P2_scan.nii.gz").unlink()
+    assert images(labelled_only=True) == ["P1", "P3", "P4", "P5", "P6"]
+    assert images(leave_out="P2_scan") == ["P1", "P3", "P4", "P5", "P6"]
+    assert images(leave_out="P2_scan,P5_scan_0000") == ["P1", "P3", "P4", "P6"]
+    with pytest.raises(ScanError, match=r"data: holds no case P9 to leave out\."):
+        images(leave_out="P2_scan,P9")

@@ -201,6 +201,27 @@ def test_a_build_killed_midway_goes_on_where_it_stopped(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "then, now, way_out",
+    [
+        ({"spacing": (3.0, 3.0, 4.0)}, {"spacing": (2.0, 2.0, 2.0)}, r'--spacing "\[3.0, 3.0, 4.0\]"'),
+        ({"margin_mm": 20}, {"margin_mm": 10}, "--margin_mm 20"),
+        ({"crop_body": False}, {"crop_body": True}, "--crop_body false"),
+        ({"remove_table": True}, {"remove_table": False}, "--remove_table true"),
+    ],
+)
+def test_other_settings_than_the_stores_are_refused_with_the_options_that_keep_them(
+    scans, tmp_path, then, now, way_out
+):
+    one = [Scan("a", scans / "case0.nii.gz", "p")]
+    common = {"spacing": (3.0, 3.0, 4.0), "progress": False}
+    build_store(one, tmp_path, **common | then)
+    with pytest.raises(
+        StoreError, match=rf"was built with .* Ask for the same settings \({way_out}\), or choose"
+    ):
+        build_store(one, tmp_path, **common | now)
+
+
 def test_the_index_names_its_format(store, tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(StoreError, match="format 'other'"):

@@ -137,8 +137,12 @@ class StopAt:
         )
 
 
-def test_a_finished_run_does_nothing_and_a_cut_log_line_is_dropped(store, tmp_path):
-    make_trainer(store, tmp_path, steps=2).run()
+def test_a_finished_run_does_nothing_and_a_cut_log_line_is_dropped(store, tmp_path, caplog):
+    trainer = make_trainer(store, tmp_path, steps=2)
+    trainer.logger.setLevel("INFO")
+    with caplog.at_level("INFO"):
+        trainer.run()
+    assert "Terminate" not in caplog.text and "Saved" in caplog.text  # nobody asked it to leave
     before = (tmp_path / "log.jsonl").read_text()
     make_trainer(store, tmp_path, steps=2).run()
     assert (tmp_path / "log.jsonl").read_text() == before

@@ -72,8 +72,21 @@ def _call(function: Callable[..., None], name: str, words: Sequence[str]) -> Any
 
     from custom.cli.arguments import check_names, quoted, typed
 
+    before_fires_own = words[: words.index("--")] if "--" in words else words
+    if {"--help", "-h"} & set(before_fires_own):
+        print(_help(function, name))
+        return None
     check_names(function, name, words)
     return fire.Fire(typed(function, name), command=quoted(words), name=f"alice {name}")
+
+
+def _help(function: Callable[..., None], name: str) -> str:
+    """What fire would show; fire itself writes it to stderr, behind a line of its log."""
+    from fire import helptext
+    from fire.trace import FireTrace
+
+    text: str = helptext.HelpText(function, FireTrace(function, name=f"alice {name}"))
+    return text.replace(f"'alice {name}'", f"alice {name}")
 
 
 if __name__ == "__main__":

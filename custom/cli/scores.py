@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from custom.errors import AliceError
-
-if TYPE_CHECKING:
-    pass
 
 
 def datalist(
@@ -22,6 +19,8 @@ def datalist(
     seed: int = 0,
     patient_pattern: str | None = None,
     allow_empty: bool = False,
+    labelled_only: bool = False,
+    leave_out: str | Sequence[str] | None = None,
 ) -> None:
     """Check a folder of images and labels, and write it as a datalist with folds; nothing, if a case is faulty.
 
@@ -33,6 +32,8 @@ def datalist(
         seed: of the deal, and of the few-shot order.
         patient_pattern: regular expression on the path; its first group is the patient.
         allow_empty: let labels pass that hold no organ.
+        labelled_only: leave out images that have no label.
+        leave_out: cases to leave out, "case7,case9".
     """
     from custom.evaluation.scores.rules import BTCV_ORGANS, FLARE22_ORGANS
     from custom.evaluation.splits.datalists import make_datalist, write_datalist
@@ -53,13 +54,19 @@ def datalist(
             seed=seed,
             patient_pattern=patient_pattern,
             allow_empty=allow_empty,
+            labelled_only=labelled_only,
+            leave_out=leave_out.split(",") if isinstance(leave_out, str) else list(leave_out or []),
             progress=progress,
         )
     if made.problems:
-        raise AliceError("; ".join(made.problems))
+        listed = "\n  ".join(made.problems)
+        raise AliceError(
+            f"{source}: {len(made.problems)} problem(s), so {o} is not written. Mend them, or leave cases out with "
+            f"--leave_out:\n  {listed}"
+        )
     write_datalist(o, made.content)
     if made.left_out:
-        print(f"Left out: {len(made.left_out)} images of folders without labels, {made.left_out[0]}, ...")
+        print(f"Left out: {len(made.left_out)} images without a label, {made.left_out[0]}, ...")
     patients = {record["patient"] for record in made.content["training"]}
     print(f"{o}: {made.content['numTraining']} cases of {len(patients)} patients in {folds} folds.")
 
@@ -132,12 +139,17 @@ def compare(
     """Compare run B with run A: paired differences with intervals and tests, per organ and overall.
 
     Args:
-        a, b: rows.csv of alice score, or folders holding one per fold (and seed).
+        a: rows.csv of alice score, or a folder holding one per fold (and seed).
+        b: the same of the other run.
         o: folder to write, with comparison.md and index.html.
         metrics: among dsc, nsd, hd95; by default all that were measured.
-        name_a, name_b: what the runs are.
+        name_a: what run A is.
+        name_b: what run B is.
         common: compare what both scored, where the runs differ in cases.
-        images, references, predictions_a, predictions_b: folders; all four show the worst cases on the page.
+        images: folder of the scans; with the next three, the page shows the worst cases.
+        references: folder of the label maps that are right.
+        predictions_a: folder of the label maps of run A.
+        predictions_b: folder of the label maps of run B.
         worst: how many of them.
     """
     from custom.evaluation.compare.comparison import compare_runs

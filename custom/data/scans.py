@@ -139,6 +139,10 @@ def _to_scans(source: Path, records: Iterable[dict], pattern: str | None) -> lis
         label = record.get("label")
         extra = {k: v for k, v in record.items() if k not in ("image", "label", "patient")}
         scans.append(Scan(name, image, str(patient), Path(label) if label else None, extra))
+    if source.is_dir() and not pattern:
+        hint = hint_at_phases((scan.image.relative_to(source).as_posix(), scan.patient) for scan in scans)
+        if hint:
+            logger.warning("%s: %s", source, hint)
     return scans
 
 
@@ -147,6 +151,34 @@ def _patient_of(path: str, short: str, pattern: re.Pattern | None) -> str:
     if found is None:
         return short
     return found.group(1) if found.groups() else found.group(0)
+
+
+def hint_at_phases(images: Iterable[tuple[str, str]]) -> str:
+    """A sentence if each folder of a patient's folder counts as a patient, as ``p1/arterial/ct.nii.gz`` beside ``p1/venous``.
+
+    Args:
+        images: relative path and patient of each image.
+    """
+    below: dict[str, dict[str, set[str]]] = {}
+    for path, patient in images:
+        *above, folder, _ = ["", "", *Path(path).parts]
+        if parent := "/".join(above).strip("/"):
+            below.setdefault(parent, {}).setdefault(folder, set()).add(patient)
+    split = {
+        parent: sorted(folders)
+        for parent, folders in below.items()
+        if len(folders) > 1
+        and len(set.union(*folders.values())) == sum(map(len, folders.values())) == len(folders)
+    }
+    names = [name for folders in split.values() for name in folders]
+    if len(split) < 2 or len(set(names)) == len(names):
+        return ""
+    parent, folders = next(iter(sorted(split.items())))
+    pattern = "/".join(["[^/]+"] * len(Path(parent).parts))
+    return (
+        f"{len(names)} folders below {len(split)} others, such as {parent}/{folders[0]} and {parent}/{folders[1]}, are taken "
+        f"for a patient each. If {parent} is one patient, say so: --patient_pattern '^({pattern})/'"
+    )
 
 
 def read_volume(path: Path, any_grid: bool = True) -> tuple[np.ndarray, np.ndarray]:

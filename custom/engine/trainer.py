@@ -380,7 +380,7 @@ class PretrainTrainer(Trainer):
     def _after_step(self) -> None:
         done = self.state.iteration
         if done >= self.schedule.steps:
-            self.terminate()
+            self.should_terminate = True  # as terminate(), which would log that a signal came
         elif self.checkpoint_every and done % self.checkpoint_every == 0:
             self.save()
 

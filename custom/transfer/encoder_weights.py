@@ -169,7 +169,7 @@ def load_encoder(
     interpolate_positions: bool = False,
     adapt_channels: bool = False,
     grid: Sequence[int] | None = None,
-    verbose: bool = True,
+    verbose: bool = False,
 ) -> LoadReport:
     """Fill every tensor of a network's encoder from a file; on any misfit raise an error and change nothing.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,6 +111,18 @@ class BuildSettings:
             then, now = ({key: one.get(key) for key in differing} for one in (there, settings))
             raise StoreError(
                 f"{store}: was built with {then}, now {now} is asked for. "
-                "Ask for the same settings, or choose another store_dir."
+                f"Ask for the same settings ({_options(then)}), or choose another store (store_dir)."
             )
         return settings
+
+
+def _options(settings: dict[str, Any]) -> str:
+    """Settings of a store as they are written on a command line."""
+    words = []
+    for key, value in settings.items():
+        if key == "crop_margin_mm":
+            words.append("--crop_body false" if value is None else f"--margin_mm {value:g}")
+        elif key in ("spacing", "profile", "remove_table"):  # the others follow from these
+            text = json.dumps(value).replace('"', "")
+            words.append(f'--{key} "{text}"' if isinstance(value, list) else f"--{key} {text}")
+    return " ".join(words)

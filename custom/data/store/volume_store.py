@@ -280,7 +280,7 @@ def read_index(store: Path) -> dict[str, Any]:
     settings, volumes = index.get("settings"), index.get("volumes")
     if not isinstance(settings, dict) or not isinstance(volumes, dict):
         raise StoreError(f"{path}: lacks its settings or volumes. Delete the store and build it again.")
-    profile_of(settings.get("profile", ""))
+    profile_of(str(settings.get("profile")))
     for name in volumes:
         require_plain_name(store, name)
     return index

@@ -38,6 +38,8 @@ def make_datalist(
     seed: int = 0,
     patient_pattern: str | None = None,
     allow_empty: bool = False,
+    labelled_only: bool = False,
+    leave_out: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Datalist:
     """Pair images with labels, check them, and deal the patients into folds.
@@ -51,18 +53,20 @@ def make_datalist(
         seed: of the deal and of the few-shot order.
         patient_pattern: regular expression on the path; its first group is the patient.
         allow_empty: accept labels without any organ.
+        labelled_only: leave out images that have no label.
+        leave_out: names of cases to leave out.
         progress: called with cases done and in all.
 
     Returns:
         An MSD datalist, ``training`` with ``image``, ``label``, ``patient``, ``fold`` and ``order`` (rank in
         the few-shot order: the n lowest of any training set are its n-patient subset); every problem by file name; and
-        the images of folders such as ``imagesTs``, in which none has a label.
+        the images that were left out for want of a label: all, or those of folders such as ``imagesTs``.
 
     Raises:
-        ValueError: for a source without pairs, folds that cannot be dealt, or a source whose ``dataset.json`` names its
-            label values otherwise.
+        ValueError: for a source without pairs, a case to leave out that is not there, folds that cannot be dealt, or a
+            source whose ``dataset.json`` names its label values otherwise.
     """
-    scans = list_scans(source, patient_pattern)
+    scans = _without(list_scans(source, patient_pattern), leave_out, source)
     pairs = [scan for scan in scans if scan.label]
     if not pairs:
         raise ScanError(f"{source}: no image has a label (images/ beside labels/, or CASE_seg beside CASE).")
@@ -75,10 +79,10 @@ def make_datalist(
     labelled = {scan.image.parent for scan in pairs}
     problems, left_out = [], []
     for image in (scan.image for scan in scans if not scan.label):
-        if is_image_folder(image.parent.name) and image.parent not in labelled:
+        if labelled_only or (is_image_folder(image.parent.name) and image.parent not in labelled):
             left_out.append(image)
         else:
-            problems.append(f"{image}: has no label.")
+            problems.append(f"{image}: has no label. Leave such images out: --labelled_only.")
     for done, scan in enumerate(pairs, 1):
         problems += _faults(scan, len(classes), allow_empty)
         progress(done, len(pairs))
@@ -96,6 +100,13 @@ def make_datalist(
 def write_datalist(path: str | Path, content: dict[str, Any]) -> None:
     """Write the JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def _without(scans: list[Scan], leave_out: Sequence[str], source: str | Path) -> list[Scan]:
+    names = [{scan.name, case_name(scan.image)} for scan in scans]
+    if strange := [name for name in leave_out if not any(name in known for known in names)]:
+        raise ScanError(f"{source}: holds no case {', '.join(strange)} to leave out.")
+    return [scan for scan, known in zip(scans, names, strict=True) if not known & set(leave_out)]
 
 
 def _dealt(records: list[dict[str, Any]], classes: Sequence[str], folds: int, seed: int) -> dict[str, Any]:
@@ -138,7 +149,7 @@ def _faults(scan: Scan, num_classes: int, allow_empty: bool) -> Iterator[str]:
     if strange:
         yield f"{scan.label}: holds the values {strange}; labels are 0 to {num_classes}."
     elif not values.any() and not allow_empty:
-        yield f"{scan.label}: is empty. Leave the case out, or pass --allow_empty."
+        yield f"{scan.label}: is empty. Leave the case out (--leave_out), or pass --allow_empty."
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -89,7 +89,8 @@ class ViewPairs(Dataset):
         require_ct(getattr(store, "profile", "ct"), store.path, "SAM")  # whose input is HU
         if any(abs(s - SPACING_MM) > 1e-3 for s in store.spacing):
             raise AliceError(
-                f"{store.path}: has voxels of {store.spacing} mm; SAM sees 2 mm. Choose another store_dir."
+                f"{store.path}: has voxels of {store.spacing} mm; SAM sees 2 mm. Choose another store_dir; "
+                'alice build makes one with --spacing "[2,2,2]".'
             )
         self.store, self.length, self.seed = store, length, seed
         self.names = list(store.names if names is None else names)
