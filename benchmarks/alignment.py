@@ -1,10 +1,11 @@
 """How well does each aligner find a point? The tables of the SAM bundle's model card, from scans held back from training.
 
     alice phantom PHANTOMS --n 10 --seed 2000
-    OMP_NUM_THREADS=1 python benchmarks/alignment.py OUT --phantoms PHANTOMS --openkbp OPENKBP --abdomen CT.nii.gz
+    OMP_NUM_THREADS=1 python benchmarks/alignment.py OUT --phantoms PHANTOMS --openkbp OPENKBP --abdomen CT.nii.gz --lungs LUNGS
 
-Three tests, the same points for every aligner, errors in mm with 95 % intervals (pairs drawn with replacement):
-phantoms of known correspondence; a real abdomen and phantoms deformed by a known warp; structures of OpenKBP patients.
+Four tests, the same points for every aligner, errors in mm with 95 % intervals (pairs drawn with replacement):
+phantoms of known correspondence; a real abdomen and phantoms deformed by a known warp; structures of
+OpenKBP patients; right and left lungs (labels 201 and 202) of chest CT.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from custom.space import to_world
 
 ALIGNERS = ("sam", "sam_nearest", "affine", "coordinate", "random")
 STATISTICS = ("mean", "median", "P90", "within 10 mm")
-STRUCTURES = {1: "brainstem", 2: "cord", 3: "right parotid", 4: "left parotid"}
+HEAD_AND_NECK = {1: "brainstem", 2: "cord", 3: "right parotid", 4: "left parotid"}
+LUNGS = {201: "right lung", 202: "left lung"}
 MM = (2.0, 2.0, 2.0)
 
 
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--weights", default="bundles/sam_landmarks/models/model.safetensors")
     parser.add_argument("--phantoms", type=Path, help="of alice phantom, of a seed not trained on")
     parser.add_argument("--openkbp", type=Path, help="folder with validation_*_ct.nii.gz and their labels")
+    parser.add_argument("--lungs", type=Path, help="folder of *_ct.nii.gz with *_label.nii.gz")
     parser.add_argument("--abdomen", type=Path, nargs="*", default=[], help="CT to deform")
     parser.add_argument("--aligners", nargs="*", default=ALIGNERS)
     parser.add_argument("--pairs", type=int, default=30, help="of phantoms")
@@ -81,8 +84,14 @@ def main() -> None:
         store = stored(folder, asked.out / "openkbp")
         aligners = made(asked, store, asked.out / "openkbp_embedded")
         pairs = draw_pairs(store, 10_000)
-        for kind, rows in structures(aligners, store, pairs, asked.points).items():
+        for kind, rows in structures(aligners, store, pairs, asked.points, HEAD_AND_NECK, (3, 4)).items():
             tables[f"OpenKBP validation patients: {kind}"] = rows
+    if asked.lungs:
+        store = stored(asked.lungs, asked.out / "lungs")
+        aligners = made(asked, store, asked.out / "lungs_embedded")
+        pairs = draw_pairs(store, 10_000)
+        for kind, rows in structures(aligners, store, pairs, asked.points, LUNGS, (201, 202)).items():
+            tables[f"Lungs: {kind}"] = rows
     for title, rows in tables.items():
         print(f"\n{title}\n\n{markdown(rows)}")
     (asked.out / "figures.json").write_text(json.dumps(tables, indent=1), encoding="utf-8")
@@ -115,18 +124,23 @@ def warped(asked: argparse.Namespace, store: VolumeStore, names: Sequence[str], 
 
 
 def structures(
-    aligners: Mapping[str, Aligner], store: VolumeStore, pairs: Sequence[tuple[str, str]], points: int
+    aligners: Mapping[str, Aligner],
+    store: VolumeStore,
+    pairs: Sequence[tuple[str, str]],
+    points: int,
+    named: Mapping[int, str],
+    twins: tuple[int, int],
 ) -> dict[str, list[Row]]:
-    """Label transfer, centroid errors, and parotids found on the wrong side."""
+    """Label transfer, centroid errors, and points of twins (right and left) found on the wrong side."""
     rows: dict[str, list[Row]] = {"in the same structure": [], "centroid error, mm": [], "wrong side": []}
     for name, aligner in aligners.items():
-        transfer = label_transfer(aligner, store, pairs, points, labels=list(STRUCTURES))
-        for value, structure in STRUCTURES.items():
+        transfer = label_transfer(aligner, store, pairs, points, labels=list(named))
+        for value, structure in named.items():
             rows["in the same structure"].append(transfer.inside[value].row(name, structure, "mean"))
             rows["centroid error, mm"].append(transfer.centroid_mm[value].row(name, structure, "mean"))
-        for own, other in ((3, 4), (4, 3)):
+        for own, other in (twins, twins[::-1]):
             figures = wrong_side(aligner, store, pairs, own, other, points)
-            rows["wrong side"].append(figures.row(name, STRUCTURES[own], "mean"))
+            rows["wrong side"].append(figures.row(name, named[own], "mean"))
     return rows
 
 

@@ -406,7 +406,7 @@ def test_inference_turns_a_scan_into_a_placed_feature_map(finished, tmp_path):
         cwd=tmp_path,
     )
     words = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(CONFIGS / "inference.yaml"), "--dataset_dir", str(tmp_path / "scans"),
-             "--output_dir", str(tmp_path / "out"), "--weights", str(tmp_path / "model.pt"), "--crop_size", "[32,32,16]",
+             "--output_dir", str(tmp_path / "out"), "--weights", str(tmp_path / "model.pt"), "--crop_size", "[32,32,16]", "--spacing", "[3.0,3.0,4.0]",
              "--network_def::encoder::hidden_size", "48", "--network_def::encoder::mlp_dim", "96", "--network_def::encoder::num_heads", "4"]  # fmt: skip
     run(words, cwd=tmp_path)
     image = nib.load(next(Path(tmp_path / "out").rglob("*features.nii.gz")))
