@@ -79,7 +79,7 @@ TRIALS = {
     "docs/evaluation.md": [
         Trial("alice score PREDICTIONS", instead={"PREDICTIONS REFERENCES": f"{PHANTOMS}/labels {PHANTOMS}/labels"}),
         Trial("alice compare SCRATCH", instead={"SCRATCH ALICE": "fold0.csv fold0.csv"}),
-        Trial("--names liver,spleen", instead={"out labels": f"{PHANTOMS}/labels {PHANTOMS}/labels"}),
+        Trial("--names bundles", instead={"out labels": f"{PHANTOMS}/labels {PHANTOMS}/labels"}),
     ],
     "docs/experiments/README.md": [Trial("alice compare")],
 }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from custom.errors import AliceError
+from custom.errors import AliceError, shown
 
 if TYPE_CHECKING:
     from custom.data.store.volume_store import VolumeStore
@@ -179,7 +179,7 @@ def _check_store(store: VolumeStore) -> None:
     number = 0
     for _, fault in tqdm(store.faults(), desc="check", unit=" fault", disable=None):
         number += 1
-        print(fault)
+        print(shown(fault))
     print(
         f"{store.path}: {len(store)} volumes, {f'{number} damaged file(s)' if number else 'all as they were written'}."
     )

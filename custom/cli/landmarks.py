@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from custom.errors import AliceError
+from custom.errors import AliceError, shown
 
 if TYPE_CHECKING:
     from custom.data.store.volume_store import VolumeStore
@@ -63,7 +63,7 @@ def embed(
         )
     for saved in written:
         print(
-            f"{saved.path}: {saved.num_bytes / 2**20:.1f} MiB, cosine to float32 {saved.mean_cosine:.5f} on average, "
+            f"{shown(saved.path)}: {saved.num_bytes / 2**20:.1f} MiB, cosine to float32 {saved.mean_cosine:.5f} on average, "
             f"{saved.lowest_cosine:.5f} at worst"
         )
     print(f"{out}: {len(written)} written.")
@@ -214,7 +214,7 @@ def check_alignment(
     )
     headers, cells = table_cells(rows)
     for line in (headers, *cells):
-        print(" | ".join(str(cell) for cell in line))
+        print(" | ".join(shown(cell) for cell in line))
     print(f"{Path(out) / 'index.html'}")
 
 

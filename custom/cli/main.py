@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from custom.errors import plain_message
+from custom.errors import ShownFormatter, plain_message
 
 # command -> module and function; a module is imported when its command runs
 COMMANDS = {
@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[0] not in COMMANDS:
         print(f"alice: there is no command {words[0]!r}.\n\n{overview()}", file=sys.stderr)
         sys.exit(2)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(ShownFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         _call(command(words[0]), words[0], words[1:])
     except Exception as error:

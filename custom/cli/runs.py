@@ -9,7 +9,7 @@ from json import dumps as to_json
 from pathlib import Path
 from typing import Any
 
-from custom.errors import AliceError
+from custom.errors import AliceError, shown
 
 
 def probe(
@@ -129,7 +129,7 @@ def picture(run: str, to: str = "picture.png") -> None:
     )
     Path(to).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(to, dpi=110)
-    print(f"{to}: {pair['scan_q']} and {pair['scan_k']}")
+    print(f"{to}: {shown(pair['scan_q'])} and {shown(pair['scan_k'])}")
 
 
 def profile(config: str | Sequence[str], steps: int = 8, **overrides: Any) -> None:

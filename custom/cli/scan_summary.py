@@ -6,11 +6,12 @@ from custom.data.formats.reasons import Reason
 from custom.data.intake.manifest import Manifest
 from custom.data.scans import hint_at_phases
 from custom.data.store.build_cost import default_build_cost
+from custom.errors import shown
 
 
 def summary(manifest: Manifest) -> str:
     """A few lines for the terminal."""
-    lines = [str(manifest.folder)]
+    lines = [shown(manifest.folder)]
     for kind, found in sorted(manifest.counts().items()):
         lines.append(f"{kind:<8}" + "  ".join(f"{number} {status}" for status, number in found.items()))
     patients = {record.patient for record in manifest.usable}
@@ -31,5 +32,5 @@ def summary(manifest: Manifest) -> str:
         lines.append(f"{len(records):>6}  {reason.value:<18}{reason.sentence}")
         named = [r.path for r in records if r.status == "rejected" or reason is Reason.ORPHAN_LABEL]
         if named:
-            lines.append(f"{'':>8}{', '.join(named[:3])}{', ...' if named[3:] else ''}")
+            lines.append(f"{'':>8}{', '.join(map(shown, named[:3]))}{', ...' if named[3:] else ''}")
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from custom.data.folder_walk import passed_over, scan_files
 from custom.data.formats.open_scan import open_scan
 from custom.data.formats.reasons import Fault, Reason
 from custom.data.layouts import IMAGE_SUFFIXES, entries_of, pair, path_beside, stem
+from custom.errors import shown
 from custom.files import is_plain_name, read_json
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def list_scans(source: str | Path, patient_pattern: str | None = None) -> list[S
                 f"{source}: no scan found ({', '.join(IMAGE_SUFFIXES)}). Point dataset_dir at your scans.{seen}"
             )
         for sentence in others:
-            logger.warning("%s: passed over %s.", source, sentence)
+            logger.warning("%s: passed over %s.", shown(source), shown(sentence))
     elif source.is_file():
         records = _datalist_records(source)
         if not records:
@@ -89,10 +90,10 @@ def _folder_records(folder: Path) -> list[dict]:
     found = pair(scan_files(folder))
     label_of = dict(found.pairs)
     if found.alone:
-        listed = ", ".join(str(p.relative_to(folder)) for p in found.alone[:3])
+        listed = ", ".join(shown(p.relative_to(folder)) for p in found.alone[:3])
         logger.warning("%s: %d label file(s) pair with no image, %s ...", folder, len(found.alone), listed)
     for kept, other in found.doubles:
-        logger.warning("%s: not read, since %s is a label of the same image.", other, kept)
+        logger.warning("%s: not read, since %s is a label of the same image.", shown(other), shown(kept))
     images = sorted([*label_of, *found.unlabelled, *found.left_out])
     return [{"image": image, "label": label_of.get(image)} for image in images]
 

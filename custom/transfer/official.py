@@ -244,7 +244,7 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, object]:
             raise AliceError(
                 f"{path} holds more than weights: {', '.join(blocked)}. Loading them would run code "
                 "from the file, so it is refused. If you trust the file, save only its weights with this command, and "
-                "load weights.pth:\n" + _resave_command(path)
+                "load weights.pth:\n  " + _resave_command(path)
             ) from error
         raise AliceError(
             f"{path} is not a checkpoint that torch can read; it may be truncated, or of another kind "

@@ -64,6 +64,10 @@ def of(bundle_root: str) -> ModuleType:
 
 
 def stop(problems: Iterable[str]) -> None:
-    """End the program with one line that names all problems; do nothing if there are none."""
+    """End the program with one line that names all problems; do nothing if there are none.
+
+    Names come from disks and headers. What steers a terminal or breaks a line in them is spelt out, such as ``\\x1b``.
+    """
     if told := " ".join(filter(None, problems)):
-        sys.exit(f"alice_seg: {told}")
+        spelt = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in told)
+        sys.exit(f"alice_seg: {''.join(spelt)}")

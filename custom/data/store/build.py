@@ -32,6 +32,7 @@ from custom.data.store.volume_store import (
     volume_path,
     write_index,
 )
+from custom.errors import shown
 from custom.files import read_json, sha256_of_file
 from custom.processes import end_with_parent, locked, rank, wait_for_all
 
@@ -242,7 +243,7 @@ class _Build:
         if len(reasons) > allowed and set(reasons) - self.reported:
             listed = "\n  ".join(reasons.values())
             raise ScanError(
-                f"{len(reasons)} of {len(self.scans)} scans cannot be used, {allowed} allowed:\n  {listed}\n"
+                f"{len(reasons)} of {len(self.scans)} scans cannot be used, {allowed} allowed:\n  {listed}\n  "
                 f"Mend or remove them, or set bad_scans_allowed to {len(reasons)}. Good scans are kept in {self.store}."
             )
 
@@ -267,7 +268,7 @@ class _Build:
         write_index(store, self.settings, built, extra)
         (store / _SETTINGS).unlink(missing_ok=True)
         for why in [*reasons.values(), *repeated.values()]:
-            logger.warning("Skipped: %s", why)
+            logger.warning("Skipped: %s", shown(why))
 
 
 def _listed(source: str | Path, patient_pattern: str | None) -> tuple[list[Scan], str | None]:

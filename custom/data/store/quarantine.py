@@ -13,7 +13,7 @@ from ignite.engine import Events
 
 from custom.data.errors import DamagedScan, StoreError
 from custom.data.store.records import pack, unpack
-from custom.errors import AliceError
+from custom.errors import AliceError, shown
 from custom.files import read_json, write_text
 from custom.processes import names_of_all, rank
 
@@ -81,7 +81,7 @@ class Quarantine:
         known = bool(self._damaged[self._index[error.scan]])
         self._damaged[self._index[error.scan]] = True
         if not known:
-            logger.warning("Quarantined %s: %s", error.scan, error)
+            logger.warning("Quarantined %s: %s", shown(error.scan), shown(error))
         refuse_more(self.names, self.allowed, str(error))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from custom.data.label_names import refuse_other_names
-from custom.errors import AliceError
+from custom.errors import AliceError, shown
 from custom.evaluation.scores.case_files import (
     Reference,
     Volume,
@@ -198,7 +198,7 @@ def score_markdown(scored: Scored, rule: ScoringRule) -> str:
     if scored.failed:
         said.append(f"Failed, counted as 0: {', '.join(scored.failed)}.")
     if scored.strangers:
-        names = ", ".join(str(path) for path in scored.strangers[:5])
+        names = ", ".join(shown(path) for path in scored.strangers[:5])
         more = ", ..." if len(scored.strangers) > 5 else ""
         said.append(
             f"Left out, since no reference belongs to them: {len(scored.strangers)} files ({names}{more})."

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from custom.data.grid.profiles import require_ct
 from custom.data.scans import Scan, list_scans
 from custom.data.store.volume_store import VolumeStore
+from custom.errors import shown
 from custom.files import sha256_of_file, write_text
 from custom.landmarks.embeddings.file import FORMAT, EmbeddingError, Saved, save_embedding
 from custom.landmarks.embeddings.folder import INDEX, embedding_path, read_folder_index
@@ -168,7 +169,9 @@ def _embed_all(
         volume, affine = read(name)
         embedding = embed_scan(model, (volume, affine), slab=slab)
         if embedding.body is None:
-            logger.warning("%s: no body found (nothing above -500 HU); all of the scan is embedded.", name)
+            logger.warning(
+                "%s: no body found (nothing above -500 HU); all of the scan is embedded.", shown(name)
+            )
         saved = save_embedding(
             embedding_path(out, name),
             embedding,
