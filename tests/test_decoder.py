@@ -1,8 +1,10 @@
 """The light decoder: tokens on their places, mask tokens where tokens are hidden."""
 
+import pytest
 import torch
 
 from custom.encoders.positions import sincos_positions
+from custom.errors import AliceError
 from custom.methods.decoder import Decoder
 
 GRID = (2, 3, 1)
@@ -38,3 +40,9 @@ def test_a_visible_token_reaches_the_hidden_ones():
     changed = visible + torch.tensor([[[1.0], [0.0]]])
     before, after = net(visible, GRID, hidden), net(changed, GRID, hidden)
     assert (before != after).any(dim=-1).all()
+
+
+@pytest.mark.parametrize("width, heads", [(100, 7), (100, 5), (12, 5), (12, 0)])
+def test_a_width_that_heads_or_positions_do_not_divide_is_named(width, heads):
+    with pytest.raises(AliceError, match=f"decoder_width = {width} must be .* decoder_heads = {heads}"):
+        Decoder(in_width=5, patch_voxels=8, width=width, depth=1, num_heads=heads)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from custom.encoders.masking import visible_index
 from custom.encoders.positions import sincos_positions
+from custom.errors import AliceError
 
 
 class Decoder(nn.Module):
@@ -19,12 +20,19 @@ class Decoder(nn.Module):
         width: channels inside; divisible by 6 for the fixed sin-cos positions (ours: 384).
         depth: number of blocks (ours: 4).
         num_heads: attention heads (ours: 6).
+
+    Raises:
+        AliceError: if the width is not a multiple of 6 and of the heads.
     """
 
     def __init__(
         self, in_width: int, patch_voxels: int, width: int = 384, depth: int = 4, num_heads: int = 6
     ) -> None:
         super().__init__()
+        if width % 6 or num_heads < 1 or width % num_heads:
+            raise AliceError(
+                f"decoder_width = {width} must be a multiple of 6 (its positions) and of decoder_heads = {num_heads}."
+            )
         self.width = width
         self.embed = nn.Linear(in_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))

@@ -180,6 +180,10 @@ class Settings:
         """Problems of a node of the config; ``known`` is what the files hold there."""
         if any(same(node, value) or self._is_copy(node, value, path) for value in known):
             return
+        if isinstance(node, dict) and any(
+            isinstance(value, str) and value.startswith("$") for value in known
+        ):
+            return  # an expression may give any object
         if isinstance(node, dict) and (not known or any(isinstance(value, dict) for value in known)):
             yield from self._walk_object(node, [v for v in known if isinstance(v, dict)], path)
         elif isinstance(node, list) and any(is_list_of_objects(value) for value in known):
