@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -157,6 +158,36 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(store, tmp_path)
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(AliceError, match=r"file.*: cannot be written .*Choose another output_dir\."):
             train(store, folder)
+
+
+@pytest.mark.slow
+def test_of_two_builds_one_is_refused_and_a_killed_one_is_followed_at_once(tmp_path):
+    for i in range(20):
+        write_scan(tmp_path / "scans" / f"p{i}.nii.gz", i)
+    words = [
+        sys.executable,
+        "-m",
+        "custom.cli",
+        "build",
+        str(tmp_path / "scans"),
+        str(tmp_path / "store"),
+        "--workers",
+        "1",
+    ]
+    first = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "store").glob("volumes/*.json")):
+        assert first.poll() is None
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGSTOP)  # so that it cannot end in the meantime
+    second = subprocess.run(words, capture_output=True, text=True)
+    assert second.returncode == 1
+    assert second.stderr.startswith(f"alice: {tmp_path / 'store'}: a build (process {first.pid} on ")
+    assert second.stderr.count("\n") == 1
+    first.kill()
+    first.wait()
+    third = subprocess.run(words, capture_output=True, text=True)
+    assert third.returncode == 0 and "taken over from a build" in third.stderr
+    assert "20 volumes" in third.stdout and not list((tmp_path / "store").glob("*.lock*"))
 
 
 # -- workers -------------------------------------------------------------------------------------------------
