@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from ignite.engine import Events
+from monai.utils import set_determinism
 from seg_bundles import BUNDLES, FLARE, REPO, TRIAL, bundle_run, configs, parser_of
 
 RUN = TRIAL | {"labelled": 3, "epochs": 3, "val_interval": 2}
@@ -73,7 +74,7 @@ def test_two_runs_are_equal_to_the_bit(cohort, whole, tmp_path, workers):
 @pytest.mark.parametrize("steps", [3, 4, 8])  # at an epoch's end, and twice within one
 def test_a_run_stopped_by_sigterm_goes_on_to_the_bit(cohort, whole, tmp_path, steps):
     parser = parser_of("train", **settings_of(cohort, tmp_path))
-    parser.get_parsed_content("initialize")
+    set_determinism(parser.get_parsed_content("seed"))
     trainer = parser.get_parsed_content("train::trainer")
     end = Events.ITERATION_COMPLETED(once=steps)
     trainer.add_event_handler(end, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -1,6 +1,7 @@
 """Settings of bundles: names and kinds, from the command line, from Python, and in all four bundles."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,9 +92,8 @@ net: {_target_: torch.nn.Linear, in_features: 2, out_features: '@steps'}
 check: {_target_: custom.bundles.preflight.preflight, may_be_null: {pattern: text}}
 made: []
 other: {net: '%net', steps: '%steps'}
-initialize:
-- $@check
 run:
+- $@check
 - $@made.append((@steps, @rate, @resume, @pattern, @amp, @net.bias is None))
 - $@made.append(@made[-1] if @other::steps == @steps else 'the copy has another value')
 """
@@ -186,7 +186,7 @@ def test_on_the_command_line(configs):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     more = [
         "--run",
-        "['$print([@steps, @resume, @amp])']",
+        "['$@check','$print([@steps, @resume, @amp])']",
         "--resume",
         "false",
         "--amp",
@@ -214,12 +214,11 @@ def test_the_bundles_hold_the_same_files_as_the_package():
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda p: p.name)
 def test_every_config_reads_its_settings_first(bundle):
     for file, config in configs_in(bundle / "configs").items():
-        if "run" in config or "initialize" in config:
-            if "initialize" not in config:  # it goes on top of a config that has it
-                assert file.stem == "evaluate"
-                continue
-            first = next(item for item in config["initialize"] if not item.startswith("$sys.path."))
+        if "run" in config:
+            first = config["run"][0]
             assert first == "$@preflight" or "settings.read_settings(" in first, file
+            # what happens before has not been checked, and must need no code of a bundle's own
+            assert not re.search("@(?!device)", str(config.get("initialize", []))), file
 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda p: p.name)
@@ -227,10 +226,7 @@ def test_every_setting_that_is_null_says_what_it_is_otherwise(bundle):
     contents = configs_in(bundle / "configs")
     declared = {key for c in contents.values() for key in c.get("preflight", {}).get("may_be_null", {})}
     declared |= {
-        key
-        for c in contents.values()
-        for key in ("pretrained", "clip")
-        if f"'{key}': " in str(c.get("initialize"))
+        key for c in contents.values() for key in ("pretrained", "clip") if f"'{key}': " in str(c.get("run"))
     }
     for file, config in contents.items():
         top = {key for key, value in config.items() if value is None}
@@ -297,7 +293,7 @@ def test_a_segmentation_bundle_refuses_in_one_line(name, tmp_path):
     ):
         ConfigWorkflow(
             str(bundle / "configs/train.yaml"), bundle_root=str(bundle), logging_file=False, **given
-        ).initialize()
+        ).run()
 
 
 def test_configs_that_no_workflow_runs_are_left_alone():

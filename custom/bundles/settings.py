@@ -44,8 +44,8 @@ def read_settings(
     """Check the settings of the running workflow and read each as the kind of value that it is.
 
     The workflow is found on the call stack. So this works for ``python -m monai.bundle run``, with
-    ``torchrun``, and for ``ConfigWorkflow`` in Python. It has to be the first expression of ``initialize``,
-    since what was made before keeps the old values.
+    ``torchrun``, and for ``ConfigWorkflow`` in Python. It has to be the first expression of ``run``: MONAI
+    puts the bundle's folder on Python's path just before, and what was made earlier keeps the old values.
 
     Args:
         may_be_null: setting -> what it is when it is not null: ``switch``, ``whole``, ``number``, ``text``.
@@ -72,7 +72,7 @@ def read_settings(
 
 
 def running_workflow() -> tuple[ConfigWorkflow | None, list[str]]:
-    """The workflow whose ``initialize`` calls this, and its config files.
+    """The workflow whose ``run`` calls this, and its config files.
 
     Returns:
         The workflow, None without one; its files, known only where MONAI's own scripts made it.
@@ -85,10 +85,13 @@ def running_workflow() -> tuple[ConfigWorkflow | None, list[str]]:
     workflow = frame.f_locals["self"]
     while frame is not None and frame.f_locals.get("self") is workflow:
         frame = frame.f_back
-    if frame is None or frame.f_code.co_name != "create_workflow":
+    if frame is None or frame.f_globals.get("__name__") != "monai.bundle.scripts":
         return workflow, []
-    files = frame.f_locals.get("config_file") or []
-    return workflow, [str(f) for f in ([files] if isinstance(files, str | Path) else files)]
+    given = frame.f_locals
+    files = given.get("config_file") or given.get("kwargs", {}).get("config_file")
+    if not files and given.get("args_file"):
+        files = ConfigParser.load_config_file(str(given["args_file"])).get("config_file")
+    return workflow, [str(f) for f in ([files] if isinstance(files, str | Path) else files or [])]
 
 
 class Settings:
