@@ -61,7 +61,7 @@ class Page:
         """A table whose first column names the rows; columns of numbers align to the right.
 
         Raises:
-            ValueError: if a row is longer or shorter than the headers.
+            AliceError: if a row is longer or shorter than the headers.
         """
         for index, row in enumerate(rows):
             if len(row) != len(headers):

@@ -44,7 +44,7 @@ def package(target: Path, bundles: Path = REPO / "bundles") -> list[Path]:
         The zips.
 
     Raises:
-        ValueError: if a bundle cannot be released, see :func:`zip_bundle`; nothing is written then.
+        AliceError: if a bundle cannot be released, see :func:`zip_bundle`; nothing is written then.
     """
     built = {f"{release_name(b)}.zip": zip_bundle(b) for b in list_bundles(bundles)}
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in built.items())
@@ -87,7 +87,7 @@ def release_name(bundle: Path) -> str:
     """``<name>_v<version>`` of a bundle, the version as in its metadata.
 
     Raises:
-        ValueError: if MONAI could not take name and version apart again.
+        AliceError: if MONAI could not take name and version apart again.
     """
     file = bundle / "configs" / "metadata.json"
     version = json.loads(file.read_text(encoding="utf-8")).get("version")

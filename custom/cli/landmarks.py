@@ -149,7 +149,7 @@ def check_alignment(
     warps: int = 0,
     weights: str = "bundles/sam_landmarks/models/model.safetensors",
 ) -> None:
-    """Measure aligners on a store: label transfer, centroids, cycle error, and what truth there is; with a gallery.
+    """Measure aligners on a store, and write a page with pictures: label transfer, centroids, cycle error, and the true error where it is known.
 
     Args:
         store: of alice build.

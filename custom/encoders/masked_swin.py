@@ -56,7 +56,7 @@ class MaskedSwin(SwinTransformer):
     the side of one token after the last merging.
 
     Raises:
-        ValueError: for a network that cannot run on visible units: two-dimensional, with v2 convolutions,
+        AliceError: for a network that cannot run on visible units: two-dimensional, with v2 convolutions,
             Hyena blocks, another norm or downsampling, unequal patch sides, or not four stages.
     """
 
@@ -140,7 +140,7 @@ class MaskedSwin(SwinTransformer):
             MONAI's five maps (B, C, gx, gy, gz), or the :class:`VisibleFeatures` of the five scales.
 
         Raises:
-            ValueError: if a side is not a multiple of ``unit``, if ``hidden`` or ``plan`` is for another size
+            AliceError: if a side is not a multiple of ``unit``, if ``hidden`` or ``plan`` is for another size
                 or batch, if samples hide different numbers of units, or if a sample hides all.
         """
         if hidden is None and plan is None:

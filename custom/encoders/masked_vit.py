@@ -72,7 +72,7 @@ class MaskedViT(ViT):
             output, as MONAI's ViT returns them.
 
         Raises:
-            ValueError: on sides that are not multiples of the patch, or masks that do not fit the crop.
+            AliceError: on sides that are not multiples of the patch, or masks that do not fit the crop.
         """
         grid = self._grid_of(x)
         if hidden is not None and (tuple(hidden.shape[1:]) != grid or hidden.shape[0] != x.shape[0]):

@@ -26,7 +26,7 @@ def hide_tokens(
         Bool (B, gx, gy, gz) on the CPU, True where a token is hidden.
 
     Raises:
-        ValueError: if ``ratio`` is outside [0, 1), or the grid is so small that every token would be hidden.
+        AliceError: if ``ratio`` is outside [0, 1), or the grid is so small that every token would be hidden.
     """
     num_tokens = math.prod(grid)
     num_hidden = num_hidden_tokens(num_tokens, ratio)
@@ -50,7 +50,7 @@ def hide_columns(
 
 
 def num_hidden_tokens(num_tokens: int, ratio: float) -> int:
-    """``round(ratio * num_tokens)``; ValueError if no token would stay visible."""
+    """``round(ratio * num_tokens)``; AliceError if no token would stay visible."""
     if not 0.0 <= ratio < 1.0:
         raise AliceError(f"Share of hidden tokens must be in [0, 1), got {ratio}.")
     num_hidden = round(ratio * num_tokens)
@@ -94,7 +94,7 @@ def visible_index(hidden: Tensor) -> Tensor:
         Int64 (B, N_visible).
 
     Raises:
-        ValueError: if rows differ in their number of visible tokens, or a row has none.
+        AliceError: if rows differ in their number of visible tokens, or a row has none.
     """
     counts = (~hidden).sum(dim=1)
     num_visible = int(counts[0])

@@ -42,7 +42,7 @@ def relative_position_index(
         Int64 (window^3, window^3), entries in [0, (2 * table_window - 1)^3).
 
     Raises:
-        ValueError: if ``window`` exceeds ``table_window``, or ``kind`` is neither of the two.
+        AliceError: if ``window`` exceeds ``table_window``, or ``kind`` is neither of the two.
     """
     if kind not in ("official", "injective"):
         raise AliceError(f"relative_index must be 'official' or 'injective', got {kind!r}.")
@@ -388,7 +388,7 @@ class NNFormerEncoder(nn.Module):
         """Refuse sizes (S, H, W) that cannot be halved evenly down to the bottleneck.
 
         Raises:
-            ValueError: names the axis and the nearest valid sizes.
+            AliceError: names the axis and the nearest valid sizes.
         """
         for axis, side, stride in zip(("S (x)", "H (y)", "W (z)"), size, self.stride, strict=True):
             if side < stride or side % stride:
@@ -509,7 +509,7 @@ class NNFormer(nn.Module):
             head.
 
     Raises:
-        ValueError: if lengths differ between stages, a size or a width does not divide, or a name is unknown.
+        AliceError: if lengths differ between stages, a size or a width does not divide, or a name is unknown.
 
     Attributes:
         settings: the arguments as plain values, for the file that carries the weights.
@@ -634,7 +634,7 @@ class NNFormer(nn.Module):
             for 64^3.
 
         Raises:
-            ValueError: if the shape of ``x`` or ``hidden`` does not fit.
+            AliceError: if the shape of ``x`` or ``hidden`` does not fit.
         """
         return self.encoder(x, hidden=hidden)
 

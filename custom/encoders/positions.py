@@ -45,7 +45,7 @@ def resize_positions(table: Tensor, grid: Sequence[int], new_grid: Sequence[int]
         (1, N', C) with ``N' = prod(new_grid)``; the table itself if the grids are equal.
 
     Raises:
-        ValueError: if the table does not have ``prod(grid)`` entries.
+        AliceError: if the table does not have ``prod(grid)`` entries.
     """
     if table.shape[1] != math.prod(grid):
         raise AliceError(

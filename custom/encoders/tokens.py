@@ -59,7 +59,7 @@ class TokenEncoder(nn.Module):
         """Number of mask units along x, y, z of a crop.
 
         Raises:
-            ValueError: if a side is not a multiple of the unit; names the side and the nearest multiples.
+            AliceError: if a side is not a multiple of the unit; names the side and the nearest multiples.
         """
         if len(crop_size) != 3:
             raise AliceError(f"crop_size must be three numbers of voxels, got {list(crop_size)}.")
@@ -160,7 +160,7 @@ def token_encoder(encoder: nn.Module) -> TokenEncoder:
     """Wrap an encoder for pre-training.
 
     Raises:
-        ValueError: for another network.
+        AliceError: for another network.
     """
     if isinstance(encoder, MaskedViT):
         return ViTTokens(encoder)

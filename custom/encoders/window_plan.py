@@ -127,7 +127,7 @@ def plan_for(hidden: Tensor, settings: Mapping[str, Any]) -> SwinPlan:
         A plan on the CPU, for ``MaskedSwin.forward(x, plan=plan)``.
 
     Raises:
-        ValueError: if ``hidden`` is not bool (B, ux, uy, uz), if samples hide different numbers of units, or
+        AliceError: if ``hidden`` is not bool (B, ux, uy, uz), if samples hide different numbers of units, or
             if a sample hides all of them.
     """
     if hidden.dtype != torch.bool or hidden.ndim != 4:

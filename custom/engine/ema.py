@@ -19,7 +19,7 @@ class EMA:
         student: the network that learns; not wrapped in DDP.
 
     Raises:
-        ValueError: naming a tensor of the teacher that the student lacks, or that has another shape.
+        AliceError: naming a tensor of the teacher that the student lacks, or that has another shape.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module) -> None:

@@ -76,7 +76,7 @@ def load_sam(path: str | PathLike[str]) -> SAM:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is not such a checkpoint, or if a key does not fit; all such keys are named.
+        AliceError: if the file is not such a checkpoint, or if a key does not fit; all such keys are named.
     """
     model = SAM()
     weights = _read_sam(path, model)
@@ -136,7 +136,7 @@ def load_alice_nnformer(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is not such a checkpoint, or if a key does not fit; all such keys are named.
+        AliceError: if the file is not such a checkpoint, or if a key does not fit; all such keys are named.
 
     Warns:
         UserWarning: if the position table had to be replaced.
@@ -227,7 +227,7 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, object]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read, holds other classes, or is not a dictionary.
+        AliceError: if it cannot be read, holds other classes, or is not a dictionary.
     """
     file = Path(path)
     if not file.is_file():

@@ -57,7 +57,7 @@ def compare_runs(
         draws: number of the bootstrap's draws.
 
     Raises:
-        ValueError: as :func:`read_run` and :func:`custom.evaluation.statistics.per_organ.compare`; if the
+        AliceError: as :func:`read_run` and :func:`custom.evaluation.statistics.per_organ.compare`; if the
             runs differ in cases and ``common`` is False; or a picture is missing.
     """
     rows_a, rows_b = read_run(a), read_run(b)

@@ -26,7 +26,7 @@ def read_run(source: str | Path) -> list[dict[str, Any]]:
     the sorted list. Rows without a ``seed`` take the number after ``seed``, if all paths have one.
 
     Raises:
-        ValueError: if there is no such file, it holds no rows of scores, or two folds hold a case.
+        AliceError: if there is no such file, it holds no rows of scores, or two folds hold a case.
     """
     source = Path(source).expanduser()
     if source.is_file():
@@ -54,7 +54,7 @@ def read_run(source: str | Path) -> list[dict[str, Any]]:
 
 
 def refuse_other_cases(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> None:
-    """Raise ValueError if only one of the runs has a case, or an organ of a case; the message names them."""
+    """Raise AliceError if only one of the runs has a case, or an organ of a case; the message names them."""
     keys_a, keys_b = ({key_of(row) for row in rows} for rows in (rows_a, rows_b))
     alone = {"A": keys_a - keys_b, "B": keys_b - keys_a}
     said = [f"only in {run}: {_listed(keys)}" for run, keys in alone.items() if keys]

@@ -41,7 +41,7 @@ def make_pictures(output: str | Path | None, **folders: str | Path | None) -> Pi
     """Make :class:`Pictures` from its folders; None if no folder is given.
 
     Raises:
-        ValueError: if only some folders are given, naming the others, or if there is no ``output`` for the
+        AliceError: if only some folders are given, naming the others, or if there is no ``output`` for the
             page.
     """
     missing = [f"--{name}" for name, folder in folders.items() if folder is None]
@@ -60,7 +60,7 @@ def worst_overlays(
     """The worst organ, in A or in B, of each of the worst cases, worst first.
 
     Raises:
-        ValueError: if a scan or reference of these cases is missing or lies on another grid.
+        AliceError: if a scan or reference of these cases is missing or lies on another grid.
     """
     by_run = [{(*key_of(row), row["organ"]): row for row in rows} for rows in (rows_a, rows_b)]
     chosen: dict[str, Row] = {}

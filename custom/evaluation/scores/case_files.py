@@ -63,7 +63,7 @@ def find_references(source: str | Path) -> list[Reference]:
     The ``fold`` of a datalist is kept.
 
     Raises:
-        ValueError: if there is none, or two files belong to the same case.
+        AliceError: if there is none, or two files belong to the same case.
     """
     source = Path(source).expanduser()
     if source.suffix == ".json":
@@ -97,7 +97,7 @@ def match_files(
         ``{case: file}`` for the cases that have a file, and the files that belong to no case.
 
     Raises:
-        ValueError: if no file belongs to a case, or two belong to the same one.
+        AliceError: if no file belongs to a case, or two belong to the same one.
     """
     folder = Path(folder).expanduser()
     files = [path for path in _files(folder) if not (images and is_label(path))]
@@ -124,7 +124,7 @@ def read_case_file(path: Path) -> Volume:
     """A volume with the spacing its file states.
 
     Raises:
-        ValueError: naming the file, if it cannot be read, or its NIfTI zooms contradict its affine.
+        AliceError: naming the file, if it cannot be read, or its NIfTI zooms contradict its affine.
     """
     voxels, affine = read_volume(path)
     spacing = tuple(float(step) for step in nib.affines.voxel_sizes(affine))
@@ -144,7 +144,7 @@ def on_grid_of(volume: Volume, reference: Volume) -> Volume:
     """The volume with its axes turned as those of the reference.
 
     Raises:
-        ValueError: naming both files, unless they lie on the same grid then.
+        AliceError: naming both files, unless they lie on the same grid then.
     """
     voxels, affine = turn_like(volume.voxels, volume.affine, reference.affine)
     spacing = tuple(float(step) for step in nib.affines.voxel_sizes(affine))
@@ -172,7 +172,7 @@ def named_cases(references: Sequence[Reference], cases: Iterable[str]) -> list[R
     """The references of these cases.
 
     Raises:
-        ValueError: naming a case that has no reference.
+        AliceError: naming a case that has no reference.
     """
     by_case: Mapping[str, Reference] = {reference.case: reference for reference in references}
     wanted = list(dict.fromkeys(cases))
@@ -185,7 +185,7 @@ def with_folds(references: Sequence[Reference], split: str | Path) -> list[Refer
     """The references with the folds of a bundle's folds.json, ``{"folds": [[case, ...], ...]}``.
 
     Raises:
-        ValueError: if the file is not such a split, or a case is in none of its folds or in two.
+        AliceError: if the file is not such a split, or a case is in none of its folds or in two.
     """
     try:
         folds = read_json(split, advice="Give a bundle's folds.json.")["folds"]

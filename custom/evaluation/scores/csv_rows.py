@@ -23,7 +23,7 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) 
     """Write rows as CSV with every digit, all or nothing. Text that a spreadsheet would compute gets an apostrophe.
 
     Raises:
-        ValueError: if there are no rows, or their keys differ.
+        AliceError: if there are no rows, or their keys differ.
     """
     if not rows:
         raise AliceError(f"No rows to write to '{path}': score at least one case first.")
@@ -44,7 +44,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read what :func:`write_rows` wrote: text loses the apostrophe that protected it, scores are numbers again, unknown columns stay text.
 
     Raises:
-        ValueError: naming file, line and column of a value that is not a number, or the line that has too few
+        AliceError: naming file, line and column of a value that is not a number, or the line that has too few
             or too many values.
     """
     rows = []

@@ -20,7 +20,7 @@ def _array(values: Any) -> NDArray[Any]:
 
 
 def refuse_other_shape(prediction: NDArray[Any], reference: NDArray[Any]) -> None:
-    """Raise ValueError unless both are volumes (X, Y, Z) of the same shape."""
+    """Raise AliceError unless both are volumes (X, Y, Z) of the same shape."""
     if prediction.shape != reference.shape:
         raise AliceError(
             f"The prediction has shape {prediction.shape}, the reference {reference.shape}; "
@@ -33,7 +33,7 @@ def refuse_other_shape(prediction: NDArray[Any], reference: NDArray[Any]) -> Non
 
 
 def mask_pair(prediction: Any, reference: Any) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Two masks of the same shape as bool; ValueError for anything else."""
+    """Two masks of the same shape as bool; AliceError for anything else."""
     prediction, reference = _array(prediction), _array(reference)
     refuse_other_shape(prediction, reference)
     for mask, name in ((prediction, "prediction"), (reference, "reference")):
@@ -46,7 +46,7 @@ def mask_pair(prediction: Any, reference: Any) -> tuple[NDArray[np.bool_], NDArr
 
 
 def label_map(values: Any, name: str, rule: ScoringRule) -> NDArray[np.integer]:
-    """Labels as small integers; ValueError for labels that the rule does not have."""
+    """Labels as small integers; AliceError for labels that the rule does not have."""
     labels = _array(values)
     if labels.dtype != bool and not np.issubdtype(labels.dtype, np.integer):
         broken = labels[labels != np.rint(labels)]  # nan differs from itself
@@ -65,7 +65,7 @@ def label_map(values: Any, name: str, rule: ScoringRule) -> NDArray[np.integer]:
 
 
 def checked_spacing(spacing: Sequence[float]) -> tuple[float, ...]:
-    """The spacing as three floats, mm along x, y, z; ValueError if it is not three positive numbers."""
+    """The spacing as three floats, mm along x, y, z; AliceError if it is not three positive numbers."""
     values = tuple(float(step) for step in spacing)
     if len(values) != 3 or not all(0 < step < math.inf for step in values):
         raise AliceError(

@@ -45,7 +45,7 @@ def flare_scores(
         :data:`custom.evaluation.scores.rules.FLARE22_ORGANS`.
 
     Raises:
-        ValueError: for maps of different shape, labels other than the integers 0 to 13, or a bad spacing.
+        AliceError: for maps of different shape, labels other than the integers 0 to 13, or a bad spacing.
     """
     rows = case_rows(prediction, reference, spacing, FLARE22, with_hd95=False)
     return {row["organ"]: (row["dsc"], row["nsd"]) for row in rows}
@@ -80,7 +80,7 @@ def case_rows(
         :mod:`custom.evaluation.scores.score_folder`.)
 
     Raises:
-        ValueError: as :func:`flare_scores`.
+        AliceError: as :func:`flare_scores`.
     """
     spacing = checked_spacing(spacing)
     prediction = label_map(prediction, "prediction", rule)

@@ -63,7 +63,7 @@ def make_rule(
         tolerance_mm: for ``plain``, one number for all organs or one for each.
 
     Raises:
-        ValueError: for an unknown name, for organs or tolerances that the rule fixes already, or for
+        AliceError: for an unknown name, for organs or tolerances that the rule fixes already, or for
             ``plain`` without organs.
     """
     if name in RULES:
@@ -90,7 +90,7 @@ def read_cases(cases: str | Sequence[Any] | None) -> list[str] | None:
     """Names of cases from a list, a comma-separated text, or a text file with one name per line.
 
     Raises:
-        ValueError: if a file holds none.
+        AliceError: if a file holds none.
     """
     if cases is None:
         return None
@@ -129,7 +129,7 @@ def score_folder(
         progress: called with cases done and cases in all.
 
     Raises:
-        ValueError: naming the file, for another grid, a label the rule does not know, a ``dataset.json`` that names the
+        AliceError: naming the file, for another grid, a label the rule does not know, a ``dataset.json`` that names the
             labels otherwise, or a reference without any label; if no prediction matches a case, or the fold holds no case.
     """
     everyone = find_references(references)

@@ -46,7 +46,7 @@ def nsd(prediction: ArrayLike, reference: ArrayLike, spacing: Sequence[float], t
         empty, nan if both are.
 
     Raises:
-        ValueError: for masks of different shape, other values than 0 and 1, a bad spacing or tolerance.
+        AliceError: for masks of different shape, other values than 0 and 1, a bad spacing or tolerance.
     """
     prediction, reference = mask_pair(prediction, reference)
     spacing = checked_spacing(spacing)

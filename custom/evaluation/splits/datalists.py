@@ -63,7 +63,7 @@ def make_datalist(
         the images that were left out for want of a label: all, or those of folders such as ``imagesTs``.
 
     Raises:
-        ValueError: for a source without pairs, a case to leave out that is not there, folds that cannot be dealt, or a
+        AliceError: for a source without pairs, a case to leave out that is not there, folds that cannot be dealt, or a
             source whose ``dataset.json`` names its label values otherwise.
     """
     scans = _without(list_scans(source, patient_pattern), leave_out, source)

@@ -27,7 +27,7 @@ def split_folds(records: Sequence[Record], folds: int = 5, seed: int = 0) -> lis
         ``folds`` lists of records, sorted by patient; their numbers of patients differ by at most one.
 
     Raises:
-        ValueError: if a record has no patient, or there are fewer patients than folds.
+        AliceError: if a record has no patient, or there are fewer patients than folds.
     """
     patients = _shuffled_patients(records, f"folds {seed}")
     if not 2 <= folds <= len(patients):
@@ -50,7 +50,7 @@ def few_shot(records: Sequence[Record], amount: int | float, seed: int = 0) -> l
         The records of the chosen patients, sorted by patient.
 
     Raises:
-        ValueError: if the amount is out of range, or a record has no patient.
+        AliceError: if the amount is out of range, or a record has no patient.
     """
     patients = few_shot_order(records, seed)
     if isinstance(amount, bool) or not isinstance(amount, (int, float)):

@@ -25,7 +25,7 @@ def by_organ(rows: Sequence[Row], metric: str, run: str) -> dict[str, dict[Pair,
     """``{organ: {(seed, case): row}}`` in the order of the rows.
 
     Raises:
-        ValueError: if a row lacks the metric, or a case has an organ twice; the message names the ``run``.
+        AliceError: if a row lacks the metric, or a case has an organ twice; the message names the ``run``.
     """
     found: dict[str, dict[Pair, Row]] = {}
     for row in rows:

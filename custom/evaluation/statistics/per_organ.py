@@ -78,7 +78,7 @@ def compare(
         One line for each organ in the order of the rows, then ``overall``. Differences are B - A.
 
     Raises:
-        ValueError: if a run scores an organ of a case twice, the runs share no case or followed different
+        AliceError: if a run scores an organ of a case twice, the runs share no case or followed different
             protocols, or the metric is missing.
     """
     protocols = sorted({str(row.get("protocol", "")) for row in [*rows_a, *rows_b]})
@@ -115,7 +115,7 @@ def summarise(
     """Mean, interval and counts of one run, for each organ and overall (over the cases' means).
 
     Raises:
-        ValueError: if the run scores an organ of a case twice, or the metric is missing.
+        AliceError: if the run scores an organ of a case twice, or the metric is missing.
     """
     lines = []
     cases: dict[Pair, list[float]] = {}
@@ -136,7 +136,7 @@ def merge_folds(folds: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
     """Join the rows of all folds. A row without a ``fold`` gets the place of its list.
 
     Raises:
-        ValueError: if two folds scored the same case, which cannot have been held back in both.
+        AliceError: if two folds scored the same case, which cannot have been held back in both.
     """
     home: dict[Pair, int] = {}
     merged = []

@@ -41,7 +41,7 @@ def bootstrap_interval(
         The interval; nan if there are fewer than three cases.
 
     Raises:
-        ValueError: if a value is infinite, or ``level`` or ``draws`` is out of range.
+        AliceError: if a value is infinite, or ``level`` or ``draws`` is out of range.
     """
     table = np.atleast_2d(np.asarray(values, dtype=float))
     if np.isinf(table).any():

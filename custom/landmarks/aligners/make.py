@@ -34,7 +34,7 @@ def make_aligner(
         max_cycle_mm: see :class:`SamAligner`.
 
     Raises:
-        ValueError: for another name, or if sam lacks embeddings.
+        AliceError: for another name, or if sam lacks embeddings.
     """
     if name in ("sam", "sam_nearest"):
         if embeddings is None:

@@ -52,7 +52,7 @@ class SamAligner:
 
     Raises:
         EmbeddingError: if a scan has no embedding, or one made from other voxels or weights.
-        ValueError: for a threshold that would accept refused matches.
+        AliceError: for a threshold that would accept refused matches.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ def calibrate_threshold(
         The threshold, to be stored with the weights, and the table.
 
     Raises:
-        ValueError: if the scans come from fewer than two patients.
+        AliceError: if the scans come from fewer than two patients.
     """
     pairs = [(q, k) for q in names for k in names if scans.patient(q) != scans.patient(k)]
     if not pairs:

@@ -112,7 +112,7 @@ def prepare_pair(embedding_q: Searchable, embedding_k: Searchable) -> tuple[Embe
     """Prepare two scans for comparison.
 
     Raises:
-        ValueError: if they come from different networks and so do not compare.
+        AliceError: if they come from different networks and so do not compare.
     """
     map_q, map_k = prepare(embedding_q), prepare(embedding_k)
     dims = [map_.coarse_stored.shape[-1] for map_ in (map_q, map_k)]

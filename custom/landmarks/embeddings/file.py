@@ -124,7 +124,7 @@ def save_embedding(
         Size and rounding error.
 
     Raises:
-        ValueError: if ``body`` has another grid or holds nothing, or ``fine_bits`` is another number.
+        AliceError: if ``body`` has another grid or holds nothing, or ``fine_bits`` is another number.
     """
     path = Path(path)
     rows = np.ascontiguousarray(embedding.fine.detach().float().cpu().permute(1, 2, 3, 0).numpy())

@@ -21,7 +21,7 @@ def bits_for(dim: int, asked: int | None = None) -> int:
     """Bits for each number of a fine vector: those asked for; by default 4 if ``dim`` is above 64, else 7.
 
     Raises:
-        ValueError: if the bits asked for are not 4, 7 or 8.
+        AliceError: if the bits asked for are not 4, 7 or 8.
     """
     if asked is None:
         return BITS_OF_FEW if dim <= FEW_NUMBERS else BITS_OF_MANY

@@ -51,7 +51,7 @@ def match_near(
         more than 8 mm outside K's grid is returned at its expected place with score -1; it is not a match.
 
     Raises:
-        ValueError: if the embeddings do not compare.
+        AliceError: if the embeddings do not compare.
     """
     points, expected = (np.atleast_2d(np.asarray(p, dtype=float)) for p in (points_mm, expected_mm))
     map_q, map_k = prepare_pair(embedding_q, embedding_k)
@@ -94,7 +94,7 @@ def match_roughly_near(
         (N, 3) world mm of K; nan for a point outside Q's grid or body, or without any body of K within 24 mm.
 
     Raises:
-        ValueError: if the embeddings do not compare.
+        AliceError: if the embeddings do not compare.
     """
     points, expected = (np.atleast_2d(np.asarray(p, dtype=float)) for p in (points_mm, expected_mm))
     map_q, map_k = prepare_pair(embedding_q, embedding_k)

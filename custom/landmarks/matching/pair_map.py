@@ -126,7 +126,7 @@ def refine_pair_map(
         The corrected map, with the ``support`` of ``pair``; ``pair`` itself if no place is found.
 
     Raises:
-        ValueError: if the embeddings do not compare.
+        AliceError: if the embeddings do not compare.
     """
     map_q, map_k = prepare_pair(embedding_q, embedding_k)
     places = draw_places(map_q, None if about_mm is None else np.asarray(about_mm, dtype=float).reshape(3))

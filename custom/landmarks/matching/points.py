@@ -58,7 +58,7 @@ def match_points(
         as the aligners do.
 
     Raises:
-        ValueError: for an unknown method, points of another shape, or embeddings of different length.
+        AliceError: for an unknown method, points of another shape, or embeddings of different length.
     """
     if method not in METHODS:
         raise AliceError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")

@@ -147,7 +147,7 @@ def draw_pairs(
     """Ordered pairs of scans of different patients: ``count`` at random, or all if there are fewer.
 
     Raises:
-        ValueError: if there are none.
+        AliceError: if there are none.
     """
     chosen = list(names) if names is not None else store.names
     every = [(q, k) for q in chosen for k in chosen if store.patient(q) != store.patient(k)]
@@ -194,7 +194,7 @@ def check_alignment(
         The table's rows.
 
     Raises:
-        ValueError: if there are no pairs, or the landmarks cannot be read or name no pair of the store's
+        AliceError: if there are no pairs, or the landmarks cannot be read or name no pair of the store's
             scans.
     """
     out_dir = Path(out_dir)

@@ -47,7 +47,7 @@ def phantom_truth(store: VolumeStore, folder: str | Path) -> Truth:
         folder: that ``alice phantom`` wrote, with ``images`` (or ``imagesTr``) and ``canonical``.
 
     Raises:
-        ValueError: when the returned function is called for a scan without files there.
+        AliceError: when the returned function is called for a scan without files there.
     """
     folder = Path(folder)
 
@@ -80,7 +80,7 @@ def read_landmarks(path: str | Path) -> dict[str, dict[str, NDArray[np.float64]]
     """Landmarks by scan and name from a CSV with columns scan, landmark, x, y, z (RAS mm).
 
     Raises:
-        ValueError: naming the line that cannot be read.
+        AliceError: naming the line that cannot be read.
     """
     found: dict[str, dict[str, NDArray[np.float64]]] = {}
     with io.StringIO(read_text(path), newline="") as file:

@@ -94,7 +94,7 @@ class SAM(nn.Module):
         embedding_dim: channels of both embeddings.
 
     Raises:
-        ValueError: if either is not positive.
+        AliceError: if either is not positive.
 
     Attributes:
         settings: the arguments, for the file that carries the weights.
@@ -141,7 +141,7 @@ class SAM(nn.Module):
             an eighth along y and x, rounded up at each halving.
 
         Raises:
-            ValueError: if ``x`` has another number of axes or channels, or one slice only.
+            AliceError: if ``x`` has another number of axes or channels, or one slice only.
         """
         _check_volume(x)
         out0 = self.shallow(x)
@@ -176,7 +176,7 @@ class SAM(nn.Module):
             As :meth:`forward`, on the network's device.
 
         Raises:
-            ValueError: if the network is in training mode, ``slab`` is odd or not positive, or as
+            AliceError: if the network is in training mode, ``slab`` is odd or not positive, or as
                 ``forward``.
         """
         if self.training:
@@ -224,7 +224,7 @@ def embed_scan(model: SAM, scan: Scan, *, spacing: float = SPACING_MM, slab: int
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the scan is not one 3D volume with an invertible affine, is too thin, or as
+        AliceError: if the scan is not one 3D volume with an invertible affine, is too thin, or as
             :meth:`SAM.embed`.
     """
     volume, affine = read_scan(scan)

@@ -152,7 +152,7 @@ def to_grid(volume: Tensor, affine: NDArray[np.float64], *, spacing: float = SPA
         The volume on its new grid, and the grid's affine.
 
     Raises:
-        ValueError: if ``spacing`` is not positive.
+        AliceError: if ``spacing`` is not positive.
     """
     if not spacing > 0:
         raise AliceError(f"Spacing must be positive, got {spacing} mm.")

@@ -43,7 +43,7 @@ def save_sam(
         The metadata as written, with format, width, embedding_dim, spacing, HU range and the weights' sha256.
 
     Raises:
-        ValueError: for another suffix or type, another network than SAM, weights that are not finite (or too
+        AliceError: for another suffix or type, another network than SAM, weights that are not finite (or too
             large for ``dtype``), or if the file cannot be written.
     """
     path = Path(path)
@@ -83,7 +83,7 @@ def load_sam_weights(path: str | PathLike[str]) -> SAM:
         The network; :func:`read_sam_metadata` reads the file's metadata.
 
     Raises:
-        ValueError: if the file is missing, damaged, altered, of another kind or another grid, or if a tensor
+        AliceError: if the file is missing, damaged, altered, of another kind or another grid, or if a tensor
             is missing, unknown, or of another shape.
     """
     metadata, state = _read(Path(path))
@@ -113,7 +113,7 @@ def read_sam_metadata(path: str | PathLike[str]) -> dict[str, Any]:
     """The metadata of a file that ``save_sam`` wrote, checked for format and grid.
 
     Raises:
-        ValueError: as :func:`load_sam_weights`, except for tensors.
+        AliceError: as :func:`load_sam_weights`, except for tensors.
     """
     return _read(Path(path), tensors=False)[0]
 
@@ -129,7 +129,7 @@ def note_in_weights(path: str | PathLike[str], notes: Mapping[str, Any]) -> dict
         The metadata as written.
 
     Raises:
-        ValueError: as :func:`load_sam_weights`, or if a note would change a value that describes the tensors.
+        AliceError: as :func:`load_sam_weights`, or if a note would change a value that describes the tensors.
     """
     path = Path(path)
     metadata, state = _read(path)

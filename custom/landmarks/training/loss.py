@@ -101,7 +101,7 @@ class SAMLoss(nn.Module):
         joint_weight: of the joint term in the total (fine and coarse: 1, as the authors').
 
     Raises:
-        ValueError: for settings out of range.
+        AliceError: for settings out of range.
     """
 
     def __init__(

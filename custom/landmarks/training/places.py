@@ -44,7 +44,7 @@ class PhantomPlaces:
         store: built from it.
 
     Raises:
-        ValueError: if the folder has no maps of the store's scans.
+        AliceError: if the folder has no maps of the store's scans.
     """
 
     def __init__(self, folder: str | Path, store: VolumeStore) -> None:

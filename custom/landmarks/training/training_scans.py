@@ -20,7 +20,7 @@ def training_names(
         repeats: regular expression -> how often a scan whose name it is found in is listed; the first match counts.
 
     Raises:
-        ValueError: if an expression is invalid, or no scan is left.
+        AliceError: if an expression is invalid, or no scan is left.
     """
     try:
         rules = [(re.compile(pattern), int(times)) for pattern, times in (repeats or {}).items()]

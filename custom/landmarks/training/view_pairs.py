@@ -52,7 +52,7 @@ class ViewPairs(Dataset):
         coarse_match_mm, coarse_match_z_mm: and a coarse cell's (the authors: 25, and 8 along z).
 
     Raises:
-        ValueError: for settings out of range, or names the store does not hold.
+        AliceError: for settings out of range, or names the store does not hold.
     """
 
     def __init__(
