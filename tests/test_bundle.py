@@ -90,7 +90,7 @@ def trained(scans, tmp_path_factory):
     own = {"dataset_dir": str(scans), "output_dir": str(folder), "workers": 0, "preflight": None}
     for key, value in (TINY | own).items():
         parser.set(yaml.safe_load(value) if isinstance(value, str) else value, key)
-    set_determinism(parser["seed"])  # as the YAML's ``initialize``
+    set_determinism(parser["seed"])  # as the YAML's ``run``
     parser.get_parsed_content("train::trainer").run()
     set_determinism(None)
     return folder
@@ -278,6 +278,8 @@ def test_a_rival_runs_from_its_file(file, scans, store, tmp_path):
     unetr = UNETR(1, 2, (32, 32, 16), feature_size=4, hidden_size=48, mlp_dim=96, num_heads=4)
     report = load_encoder(unetr, tmp_path / "e.safetensors", verbose=False)
     assert report.metadata["method"] == file.removesuffix(".yaml")
+    alice(["picture", str(tmp_path), str(tmp_path / "p.png")])
+    assert (tmp_path / "p.png").stat().st_size > 10_000
 
 
 def test_every_switch_of_the_method_can_be_reached_by_name():

@@ -334,6 +334,39 @@ def test_dinos_student_learns_the_teachers_answer(store, tmp_path, monkeypatch):
     ]  # 0.84 and 0.08 when it was written; the cross entropy itself rises
 
 
+def test_ibots_student_learns_the_teachers_answer(store, tmp_path, monkeypatch):
+    head = {"head_width": 256, "bottleneck": 64, "prototypes": 512}
+    monkeypatch.setitem(MAKE, "ibot", lambda encoder: Ibot(IbotStudent(encoder, **head), TargetView()))
+    engine = trainer("ibot", store, tmp_path, batch=4)
+    batch = next(iter(engine.data_loader))
+    optimizer = torch.optim.AdamW([p for p in engine.online.parameters() if p.requires_grad], lr=2e-4)
+    told = []
+    for step in range(60):
+        terms = engine.forward(batch, step)[1]
+        optimizer.zero_grad()
+        terms["total"].backward()
+        optimizer.step()
+        engine.ema.update(0.996)
+        told.append(float(terms["l_cls/kl"]))
+    assert told[-1] < 0.5 * told[0], told[::10]
+
+
+@pytest.mark.parametrize("name", ["dino", "ibot"])
+def test_a_longer_run_goes_on_although_its_frozen_start_is_longer(name, store, tmp_path):
+    trainer(name, store, tmp_path, steps=2).run()
+    longer = trainer(name, store, tmp_path, steps=4)
+    longer.method.frozen_steps = 1
+    longer.summary = longer._summary(longer.summary)
+    longer.run()
+    assert longer.state.iteration == 4
+
+
+@pytest.mark.parametrize("name", ["simmim", "ibot"])
+def test_a_mask_in_a_hook_is_not_compiled(name, store, tmp_path):
+    with pytest.raises(AliceError, match=f"{name} puts its mask into the encoder as it runs"):
+        trainer(name, store, tmp_path, compile_encoders=True)
+
+
 # -- refusals and alarms -------------------------------------------------------------------------------------
 
 

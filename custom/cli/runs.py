@@ -105,7 +105,7 @@ def picture(run: str, to: str = "picture.png") -> None:
     from custom.methods.pairs import AlignedPair
     from custom.methods.picture import predicts_raw, run_picture
     from custom.methods.run_folder import load_run
-    from custom.methods.views import Masking
+    from custom.methods.views import MASKINGS, Masking
 
     loaded = load_run(run)
     summary, store = loaded.summary, VolumeStore(loaded.summary["store_dir"])
@@ -120,7 +120,8 @@ def picture(run: str, to: str = "picture.png") -> None:
     )
     pair = pairs[0]
     units = loaded.student.encoder.units(tuple(summary["crop_size"]))
-    hidden = Masking(**summary["masking"])(torch.tensor([0]), units)
+    known = summary["masking"]["kind"] in MASKINGS  # other masks are of methods that fill nothing in
+    hidden = Masking(**summary["masking"] if known else {})(torch.tensor([0]), units)
     crops = pair["crop_q"][None], pair["crop_k"][None]
     log, raw = read_log(loaded.folder), predicts_raw(summary)
     figure = run_picture(loaded.student, log, summary["terms"], *crops, hidden, raw)

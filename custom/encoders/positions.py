@@ -78,5 +78,6 @@ def sincos_at(places: Tensor, width: int) -> Tensor:
         raise AliceError(f"Sin-cos positions in 3D need a width divisible by 6, got {width}.")
     count = width // 6
     frequency = 1.0 / 10000.0 ** (torch.arange(count, dtype=torch.float32, device=places.device) / count)
-    angles = places.float()[..., [1, 0, 2], None] * frequency  # (..., 3, width / 6)
+    x, y, z = places.float().unbind(dim=-1)
+    angles = torch.stack((y, x, z), dim=-1)[..., None] * frequency  # (..., 3, width / 6)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)

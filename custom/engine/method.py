@@ -45,6 +45,7 @@ class Method:
         student: the network that is trained; a :class:`Student`, where it is an encoder that is pre-trained.
         teacher: it follows the student by EMA and holds modules of the same names. None for a method without one.
         loss: a module whose buffers belong in a checkpoint (centres, memories). It is not trained.
+        compiles: whether ``torch.compile`` may run the encoders; not where hooks change what they compute.
         exported: which network's encoder ``alice export`` takes, ``student`` or ``teacher``.
     """
 
@@ -52,6 +53,7 @@ class Method:
     terms: tuple[str, ...] = ()
     meters: tuple[str, ...] = ()
     exported: str = "student"
+    compiles: bool = True
     student: nn.Module
     teacher: nn.Module | None = None
     loss: nn.Module

@@ -197,6 +197,10 @@ class PretrainTrainer(Trainer):
         self._pending: tuple[int, Tensor, Any, list[str]] | None = None
         self._values: dict[str, float] = dict.fromkeys((*self._terms, "grad_norm"), math.nan)
         self.saved_at = -1
+        if compile_encoders and not method.compiles:
+            raise AliceError(
+                f"{method.name} puts its mask into the encoder as it runs: set compile_encoders to false."
+            )
         if compile_encoders:  # in place: names in state dicts stay
             for network in (self.online, self.teacher):
                 if network is not None:

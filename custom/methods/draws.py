@@ -173,8 +173,8 @@ class Draws(Dataset):
 class TwoCrops(Draws):
     """Two crops of one scan, the second moved by a random shift (MoCo v3, DINO, iBOT, SIM, CMAE).
 
-    Patients take turns in random order, so that a batch holds no patient twice where there are enough of them: another
-    crop of the same patient would be a wrong negative.
+    Patients take turns in random order, so that a batch seldom holds a patient twice: only where one turn ends and the
+    next begins. Another crop of the same patient would be a wrong negative.
 
     Args:
         store: volumes on one grid.

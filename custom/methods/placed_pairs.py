@@ -100,7 +100,7 @@ class PlacedPair(AlignedPair):
         return self._in_crop(q_in_k, affine_k, place.start_k), self._in_crop(k_in_q, affine_q, place.start_q)
 
     def _places_of(self, place: Placement) -> tuple[np.ndarray, np.ndarray]:
-        """The same; the map of the pair looked at last is not asked twice."""
+        """As ``places``. The latest pair's answer is kept, since a pair is looked at twice."""
         key = (place.scan_q, place.scan_k, *map(bytes, place[2:6]))
         if self._latest is None or self._latest[0] != key:
             self._latest = key, self.places(place)

@@ -111,7 +111,7 @@ class PlaceLoss(nn.Module):
             nothing = torch.where(valid.any(), 0.0, math.nan)
             meters = {
                 "place/hits": ((best == nearest)[..., 0] & valid).sum() / share + nothing,
-                "place/chance": off_mm.new_tensor(1 / centres.shape[1]),
+                "place/chance": off_mm.new_full((), 1 / centres.shape[1]),
                 "place/mm": (off_mm * valid).sum() / share + nothing,
                 "place/valid": valid.float().mean(),
                 "place/index_share": index_share(teacher),

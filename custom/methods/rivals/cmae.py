@@ -14,7 +14,13 @@ from custom.engine.method import Method, Student, Vectors
 from custom.errors import AliceError
 from custom.methods.decoder import Decoder
 from custom.methods.heads import mlp
-from custom.methods.rivals.two_views import AlikeAlarm, Teacher, log_of, no_batch_norm_in_small_batches
+from custom.methods.rivals.two_views import (
+    AlikeAlarm,
+    Teacher,
+    log_of,
+    no_batch_norm_in_small_batches,
+    with_batch_norm_of_all,
+)
 from custom.methods.terms import info_nce, masked_reconstruction
 from custom.processes import world_size
 
@@ -145,7 +151,7 @@ class Cmae(Method):
         alike = 2 * self.temperature * log_of(len(target) * world_size())
         self.loss.see(l_c.detach(), alike)
         total = self.weight_r * l_r + self.weight_c * l_c
-        return {"l_r": l_r, "l_c": l_c, "total": total, "l_c/alike": l_c.new_tensor(alike)}
+        return {"l_r": l_r, "l_c": l_c, "total": total, "l_c/alike": l_c.new_full((), alike)}
 
     def vectors(self, output: CmaeOutput, target: Tensor, batch: dict[str, Any]) -> Vectors:
         """Predictions and the teacher's vectors."""
@@ -163,6 +169,12 @@ class Cmae(Method):
             "decoder": [own.decoder, own.feature_decoder],
             "heads": [own.projector, own.predictor],
         }
+
+    def wrapped(self, device: torch.device) -> nn.Module:
+        """The student for several processes; batch norm becomes that of all of them."""
+        if self.student.head_norm == "batch":
+            with_batch_norm_of_all(self.student, self.teacher, device)
+        return super().wrapped(device)
 
     def summary(self) -> dict[str, Any]:
         """Settings of student, loss and view."""

@@ -128,7 +128,7 @@ class Dino(Method):
         for number in range(self.local_crops):
             rows = range(half) if number % 2 == 0 else range(half, 2 * half)
             for row in rows:
-                generator = generator_of(int(views.seeds[row]) + number, "local")
+                generator = generator_of(int(views.seeds[row % half]) + 7919 * number, "local")
                 start = [int(torch.randint(side + 1, (1,), generator=generator)) for side in sides]
                 (x, y, z), (dx, dy, dz) = start, sides
                 parts.append(views.crop[row, :, x : x + dx, y : y + dy, z : z + dz])
@@ -165,7 +165,11 @@ class Dino(Method):
 
     def summary(self) -> dict[str, Any]:
         """Settings of student, loss and view."""
-        names = ("temperature", "teacher_temperature", "local_crops", "frozen_steps")
+        names = (
+            "temperature",
+            "teacher_temperature",
+            "local_crops",
+        )  # the others follow from the run's length
         view = getattr(self.view, "settings", None)
         return {"student": self.student.settings, "loss": {n: getattr(self, n) for n in names}, "view": view}
 

@@ -138,6 +138,7 @@ class Ibot(Method):
     name = "ibot"
     terms = ("l_cls", "l_patch")
     meters = ("l_cls/entropy", "l_cls/kl")
+    compiles = False
     exported = "teacher"
 
     def __init__(
@@ -212,6 +213,6 @@ class Ibot(Method):
 
     def summary(self) -> dict[str, Any]:
         """Settings of student, loss and view."""
-        names = ("temperature", "teacher_temperature", "frozen_steps")
+        names = ("temperature", "teacher_temperature")  # the others follow from the run's length
         view = getattr(self.view, "settings", None)
         return {"student": self.student.settings, "loss": {n: getattr(self, n) for n in names}, "view": view}

@@ -21,6 +21,7 @@ from custom.methods.rivals.two_views import (
     no_batch_norm_in_small_batches,
     stack_views,
     vectors_of,
+    with_batch_norm_of_all,
 )
 from custom.methods.terms import info_nce
 from custom.processes import world_size
@@ -111,7 +112,7 @@ class Moco(Method):
         l_c = 2 * self.temperature * found
         alike = 4 * self.temperature * log_of(len(q_1) * world_size())
         self.loss.see(l_c.detach(), alike)
-        return {"l_c": l_c, "total": l_c, "l_c/alike": l_c.new_tensor(alike)}
+        return {"l_c": l_c, "total": l_c, "l_c/alike": l_c.new_full((), alike)}
 
     def vectors(self, output: Tensor, target: Tensor, batch: dict[str, Any]) -> Vectors:
         """Predictions and the teacher's vectors."""
@@ -128,11 +129,7 @@ class Moco(Method):
     def wrapped(self, device: torch.device) -> nn.Module:
         """The student for several processes; batch norm becomes that of all of them."""
         if self.student.head_norm == "batch":
-            if device.type != "cuda":
-                raise AliceError("head_norm: batch on several processes needs GPUs. Take head_norm: layer.")
-            nn.SyncBatchNorm.convert_sync_batchnorm(self.student)
-            if self.teacher is not None:
-                nn.SyncBatchNorm.convert_sync_batchnorm(self.teacher)
+            with_batch_norm_of_all(self.student, self.teacher, device)
         return super().wrapped(device)
 
     def summary(self) -> dict[str, Any]:

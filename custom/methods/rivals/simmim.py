@@ -39,8 +39,8 @@ class SimmimStudent(Student):
 def mask_grid(crop_size: Sequence[int], unit: Sequence[int], voxels: int = 32) -> tuple[int, int, int]:
     """Mask units along x, y, z of a crop.
 
-    A unit has ``voxels`` a side (the authors: 32). It is the encoder's own where a side is no multiple of that, and where
-    the crop is one such unit.
+    A unit is ``voxels`` long on each axis (the authors: 32). An axis that is no multiple of this takes the encoder's own
+    unit. So does every axis of a crop that would be one unit.
     """
     sides = [
         voxels if side % voxels == 0 and voxels % u == 0 else u
@@ -68,6 +68,7 @@ class Simmim(Method):
     name = "simmim"
     terms = ("l_r",)
     meters = ("l_r/tissue",)
+    compiles = False
 
     def __init__(self, student: SimmimStudent, skip_empty: bool = False) -> None:
         self.student: SimmimStudent = student

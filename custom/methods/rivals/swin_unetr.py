@@ -77,6 +77,7 @@ class SwinUnetrPretext(Method):
     Args:
         student: encoder and heads.
         temperature: of the contrast (the authors: 0.5).
+        crop_size: voxels along x, y, z, to refuse unequal x and y before a run begins.
         most_cut: largest share of a copy that is cut out (the authors: 0.3).
         box_sides: smallest and largest side of a box, as shares of the crop's (the authors: 0.05, 0.25).
     """
@@ -89,11 +90,14 @@ class SwinUnetrPretext(Method):
         self,
         student: PretextStudent,
         temperature: float = 0.5,
+        crop_size: Sequence[int] | None = None,
         most_cut: float = 0.3,
         box_sides: Sequence[float] = (0.05, 0.25),
     ) -> None:
         if not temperature > 0 or not 0 <= most_cut < 1 or not 0 < box_sides[0] <= box_sides[1] <= 1:
             raise AliceError(f"Out of range: {temperature=}, {most_cut=}, {box_sides=}.")
+        if crop_size is not None:
+            _need_equal_sides(*crop_size[:2])
         self.student: PretextStudent = student
         self.loss = nn.Module()
         self.temperature, self.most_cut, self.box_sides = temperature, most_cut, tuple(box_sides)
@@ -101,10 +105,7 @@ class SwinUnetrPretext(Method):
     def views(self, batch: dict[str, Any], device: torch.device) -> PretextViews:
         """Two copies, each turned, then noise in boxes, then boxes of another sample."""
         crop, size = batch["crop"], len(batch["crop"])
-        if crop.shape[2] != crop.shape[3]:
-            raise AliceError(
-                f"swin_unetr turns crops about z: crop_size needs equal sides x and y, and has {crop.shape[2]} and {crop.shape[3]}."
-            )
+        _need_equal_sides(*crop.shape[2:4])
         seeds = torch.cat([batch["seed"], batch["seed"] + 1]).tolist()
         generators = [generator_of(seed, "view") for seed in seeds]
         turns = [int(torch.randint(4, (1,), generator=g)) for g in generators]
@@ -182,6 +183,13 @@ def simclr(vectors: Tensor, temperature: float) -> Tensor:
     logits = logits.masked_fill(torch.eye(len(unit), dtype=torch.bool, device=unit.device), -math.inf)
     right = torch.arange(len(unit), device=unit.device).roll(len(unit) // 2)
     return F.cross_entropy(logits, right)
+
+
+def _need_equal_sides(x: int, y: int) -> None:
+    if x != y:
+        raise AliceError(
+            f"swin_unetr turns crops about z: crop_size needs equal sides x and y, and has {x} and {y}."
+        )
 
 
 def _sides(box: Box) -> list[int]:

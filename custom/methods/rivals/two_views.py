@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from custom.encoders.tokens import TokenEncoder
 from custom.engine.method import Vectors
+from custom.errors import AliceError
 
 ALIKE, ALIKE_STEPS = 0.99, 100  # of the value that vectors have which are all alike, and for how long (ours)
 
@@ -72,7 +73,7 @@ class Teacher(nn.Module):
 
 
 class AlikeAlarm(nn.Module):
-    """Counts steps in which a loss stays at the value that vectors have which are all alike."""
+    """Counts the steps in a row in which a loss has the value of vectors that are all alike."""
 
     steps: Tensor
 
@@ -92,7 +93,7 @@ class AlikeAlarm(nn.Module):
         if steps < ALIKE_STEPS:
             return []
         return [
-            f"for {steps} steps the loss has been what vectors give that are all alike. Lower learning_rate, or train longer."
+            f"for {steps} steps the loss has had the value of vectors that are all alike. Lower learning_rate, or train longer."
         ]
 
 
@@ -101,6 +102,19 @@ def no_batch_norm_in_small_batches(norm: str, rows: int) -> str | None:
     if norm == "batch" and rows < 32:
         return f"head_norm: batch needs at least 32 crops a step and process, and there are {rows}. Take head_norm: layer."
     return None
+
+
+def with_batch_norm_of_all(student: nn.Module, teacher: nn.Module | None, device: torch.device) -> None:
+    """Let batch norm in heads be that of all processes.
+
+    Raises:
+        AliceError: on CPUs, for which torch has none.
+    """
+    if device.type != "cuda":
+        raise AliceError("head_norm: batch on several processes needs GPUs. Take head_norm: layer.")
+    for module in (student, teacher):
+        if module is not None:
+            nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 
 def freeze_embedding(encoder: TokenEncoder) -> None:
