@@ -69,7 +69,8 @@ TRIALS = {
         Trial("smoke.yaml", "--iterations 2", {"SCANS": f"{PHANTOMS}/images"}),
     ],
     "docs/data.md": [
-        Trial("alice build manifest.json", instead={"manifest.json": f"{PHANTOMS}/images", "--workers 8": "--workers 1"}),
+        Trial("alice build manifest.json", '--spacing "[3,3,4]"',
+              {"manifest.json": f"{PHANTOMS}/images", "-o store": "-o store_of_data", "--workers 8": "--workers 1"}),
         Trial("alice build --check store"),
         Trial("--part 1/8", instead={"manifest.json": f"{PHANTOMS}/images", "/shared/store": "parts"}),
         Trial("--dataset_dir manifest.json", "--measure false", {"manifest.json": f"{PHANTOMS}/images"}),

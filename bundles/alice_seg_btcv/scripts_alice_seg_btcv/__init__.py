@@ -64,10 +64,16 @@ def of(bundle_root: str) -> ModuleType:
 
 
 def stop(problems: Iterable[str]) -> None:
-    """End the program with one line that names all problems; do nothing if there are none.
+    """End the program with a message that names all problems; do nothing if there are none.
 
-    Names come from disks and headers. What steers a terminal or breaks a line in them is spelt out, such as ``\\x1b``.
+    Names come from disks and headers. What steers a terminal or breaks a line in them is spelt out, such as ``\\x1b``. A
+    line break before an indented line is ours, and stays.
     """
     if told := " ".join(filter(None, problems)):
-        spelt = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in told)
+        spelt = [
+            c
+            if c.isprintable() or (c == "\n" and told.startswith("  ", i + 1))
+            else c.encode("unicode_escape").decode()
+            for i, c in enumerate(told)
+        ]
         sys.exit(f"alice_seg: {''.join(spelt)}")
