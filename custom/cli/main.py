@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(ShownFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("numexpr").setLevel(logging.WARNING)  # it tells its threads to everybody
     try:
         _call(command(words[0]), words[0], words[1:])
     except Exception as error:
