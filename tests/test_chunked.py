@@ -75,3 +75,27 @@ def test_an_array_without_checksums_is_refused(tmp_path, array):
     blosc2.asarray(array, urlpath=str(tmp_path / "a.b2nd"))
     with pytest.raises(RuntimeError, match="checksums are missing"):
         ChunkedArray(tmp_path / "a.b2nd")
+
+
+@pytest.mark.parametrize("extra", ["LazyArray", "proxy-source", "b2o", "anything"])
+def test_a_file_with_other_metadata_never_reaches_blosc2(tmp_path, array, extra, monkeypatch):
+    """blosc2 may run the code of a LazyArray that it opens, or follow a proxy to another file."""
+    blosc2.asarray(array, urlpath=str(tmp_path / "a.b2nd"), meta={extra: {"kind": "file"}})
+    monkeypatch.setattr(blosc2, "open", lambda *args, **kwargs: pytest.fail("was opened"))
+    with pytest.raises(RuntimeError, match="holds other things than one array"):
+        ChunkedArray(tmp_path / "a.b2nd")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(23, 0), (51, 3), (117, 255), (147, 200)],
+    ids=["size of the file", "bytes of a voxel", "a side of the array", "a side of its chunks"],
+)
+def test_sizes_that_contradict_each_other_are_refused(tmp_path, array, place, value):
+    path = tmp_path / "a.b2nd"
+    write_array(path, array)
+    content = bytearray(path.read_bytes())
+    content[place] = value
+    path.write_bytes(content)
+    with pytest.raises(RuntimeError, match="header is damaged"):
+        ChunkedArray(path)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import math
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,15 @@ from custom.files import Mapped, replacing
 CHUNK = 64  # voxels along each side: a 192 x 192 x 64 crop touches few chunks (docs/performance.md, "Data loading")
 BLOCK = 16  # voxels along each side: the smallest part that is decompressed
 MAKE_ROOM = "Make room on the disk and build again."
+# The header of a Blosc2 frame with one 3D array and nothing else (README_CFRAME_FORMAT and README_B2ND_METALAYER of c-blosc2).
+# Other metadata can make blosc2 run what the file says (LazyArray, proxy), so it is not given such files.
+_HEADER = re.compile(
+    rb"\x9e\xa8b2frame\x00\xd2.{4}\xcf(?P<size>.{8})\xa4.{4}(?:\xd3.{8}){2}\xd2(?P<itemsize>.{4})(?:\xd2.{4}){2}"
+    rb"(?:\xd1.{2}){2}[\xc2\xc3]\xd8.{17}\x93\xcd\x00\x11\xde\x00\x01\xa4b2nd\xd2\x00\x00\x00\x6b\xdc\x00\x01"
+    rb"\xc6\x00\x00\x00\x48\x97\x00\x03(?P<shape>\x93(?:\xd3.{8}){3})(?P<chunks>\x93(?:\xd2.{4}){3})"
+    rb"(?P<blocks>\x93(?:\xd2.{4}){3})\x00\xdb\x00\x00\x00\x03(?P<dtype>[<|][iuf][1248])",
+    re.DOTALL,
+)
 _CHECKSUMS = "crc32"  # of every chunk as compressed, little-endian uint32, in the file's own metadata
 
 
@@ -122,19 +132,23 @@ class ChunkedArray:
 
     def __init__(self, path: Path) -> None:
         self._mapped = Mapped(path)
+        _require_plain_header(path)
         # one thread: the workers run in parallel anyway, and a forked worker must not inherit a thread pool
-        self._array = blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+        try:
+            self._array = blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+        except OverflowError as error:  # of a filter's number
+            raise RuntimeError("its header is damaged") from error
         if not isinstance(self._array, blosc2.NDArray):
             raise RuntimeError("it holds no array")
         self.shape = tuple(int(n) for n in self._array.shape)
         self.dtype = self._array.dtype
         self._chunks = tuple(int(n) for n in self._array.chunks)
         self._grid = tuple(math.ceil(n / c) for n, c in zip(self.shape, self._chunks, strict=True))
-        self._seen = np.zeros(self._grid, dtype=bool)
         meta = self._array.schunk.vlmeta
         self._sums = np.frombuffer(meta.get(_CHECKSUMS, b""), "<u4")
-        if len(self._sums) != self._seen.size:
+        if len(self._sums) != math.prod(self._grid):
             raise RuntimeError("its checksums are missing or not whole")
+        self._seen = np.zeros(self._grid, dtype=bool)
 
     def read(self, low: tuple[int, ...], high: tuple[int, ...]) -> np.ndarray:
         """Voxels from ``low`` to before ``high``."""
@@ -160,3 +174,21 @@ class ChunkedArray:
         if zlib.crc32(self._array.schunk.get_chunk(number)) != int(self._sums[number]):
             raise RuntimeError(f"checksum of chunk {number} differs")
         self._seen[place] = True
+
+
+def _require_plain_header(path: Path) -> None:
+    """Refuse a file that is not one 3D array of numbers, or whose sizes do not fit each other."""
+    with path.open("rb") as file:
+        found = _HEADER.match(file.read(184))
+    if not found:
+        raise RuntimeError("its header is damaged, or it holds other things than one array of numbers")
+    sides = (np.frombuffer(found["shape"][1:], [("kind", "u1"), ("n", ">i8")])["n"],)
+    sides += tuple(
+        np.frombuffer(found[k][1:], [("kind", "u1"), ("n", ">i4")])["n"] for k in ("chunks", "blocks")
+    )
+    shape, chunks, blocks = ([int(n) for n in side] for side in sides)
+    ordered = all(0 < b <= c <= n < 2**31 for n, c, b in zip(shape, chunks, blocks, strict=True))
+    itemsize = int.from_bytes(found["itemsize"], "big")
+    size = int.from_bytes(found["size"], "big")
+    if not ordered or itemsize != int(found["dtype"][2:]) or size != path.stat().st_size:
+        raise RuntimeError("its header is damaged")
