@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from damage import write_nifti, write_series
+from damage import nrrd_bytes, write_nifti, write_series
 from seg_bundles import FLARE, TINY, TRIAL, bundle_run, configs, names_of, parser_of, write_case
 
 AFFINE = np.diag([8.0, 7.0, 6.0, 1.0])
@@ -378,3 +378,22 @@ def test_own_classes_are_trained_and_evaluated(cohort, tmp_path):
         "tolerances in mm: a 2, b 2, c 2" in done.stdout
         and (tmp_path / "e" / "surface_dice_raw.csv").is_file()
     )
+
+
+@pytest.mark.parametrize(
+    ("space", "version", "refused"),
+    [
+        ("LAS", "5.4.6", True),
+        ("left-anterior-superior", "5.4.0", True),
+        ("LPS", "5.4.6", False),
+        ("LAS", "5.4.7", False),
+    ],
+)
+def test_a_nrrd_that_an_old_itk_turns_is_refused(tmp_path, monkeypatch, space, version, refused):
+    """ITK 5.4.0 to 5.4.6 read left-anterior-superior with x and y reversed, so that left is right."""
+    monkeypatch.syspath_prepend(str(FLARE))
+    from scripts_alice_seg_flare import checks
+
+    (tmp_path / "a.nrrd").write_bytes(nrrd_bytes(space=space))
+    monkeypatch.setattr(checks.metadata, "version", lambda name: version)
+    assert ("pip install -U itk" in checks.file_problem(str(tmp_path / "a.nrrd"))) is refused

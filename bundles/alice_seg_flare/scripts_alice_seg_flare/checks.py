@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Hashable, Mapping
+from importlib import metadata
 from typing import Any
 
 import nibabel
@@ -60,7 +61,20 @@ def file_problem(path: str) -> str:
         return "cannot be read: permission denied"
     if re.search("[.]nii([.]gz)?$", path):  # MONAI makes axes of its own where a header's cannot be
         return _direction_problem(torch.as_tensor(nibabel.load(path).affine[:3, :3]))
+    if path.lower().endswith((".nrrd", ".nhdr")):
+        return _space_problem(path)
     return ""
+
+
+def _space_problem(path: str) -> str:
+    """ITK before 5.4.7 reads a NRRD in left-anterior-superior as if it were turned by half a turn."""
+    with open(path, "rb") as file:
+        header = file.read(4096).split(b"\n\n")[0]
+    found = re.search(rb"^space:\s*(LAS|left-anterior-superior)\s*$", header, re.IGNORECASE | re.MULTILINE)
+    old = [int(n) for n in re.findall(r"\d+", metadata.version("itk"))[:3]] < [5, 4, 7] if found else False
+    return (
+        "is a NRRD in left-anterior-superior, which ITK before 5.4.7 turns; pip install -U itk" if old else ""
+    )
 
 
 class CheckScan(MapTransform):
