@@ -14,7 +14,18 @@ BELOW = {  # room -> what it may import besides leaves; each row stands on the r
     "transfer": {"encoders", "landmarks"},
     "methods": {"encoders", "engine", "data", "evaluation", "landmarks", "transfer"},
     "bundles": {"encoders", "engine", "data", "evaluation", "landmarks", "transfer", "methods"},
-    "cli": {"encoders", "engine", "data", "evaluation", "landmarks", "transfer", "methods", "bundles"},
+    "study": {"encoders", "engine", "data", "evaluation", "landmarks", "transfer", "methods", "bundles"},
+    "cli": {
+        "encoders",
+        "engine",
+        "data",
+        "evaluation",
+        "landmarks",
+        "transfer",
+        "methods",
+        "bundles",
+        "study",
+    },
 }
 
 

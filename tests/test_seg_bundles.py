@@ -162,7 +162,7 @@ def test_only_nnformer_and_openvino_need_more_than_monai(name):
 
 @pytest.mark.parametrize("override, bases", [
     ("smoke", ("train",)), ("multi_gpu_train", ("train",)), ("unetr", ("train",)), ("swin_unetr", ("train",)), ("nnformer", ("train",)),
-    ("layer_decay", ("train",)), ("sawtooth", ("train",)), ("partial", ("train",)),
+    ("layer_decay", ("train",)), ("frozen", ("train",)), ("sawtooth", ("train",)), ("partial", ("train",)),
     ("flips", ("inference",)), ("ensemble", ("inference",)), ("evaluate", ("train", "inference")),
 ])  # fmt: skip
 def test_overrides_name_keys_that_exist_or_use_their_own(override, bases):
@@ -436,6 +436,17 @@ def test_an_encoder_is_resized_to_the_crops_of_fine_tuning():
 
 
 # -- schedules and losses --------------------------------------------------------------
+
+
+def test_frozen_trains_all_but_the_encoder():
+    parser = parser_of("train", "frozen", **TINY)
+    network, encoder = (parser.get_parsed_content(key) for key in ("network", "encoder"))
+    trained = {
+        id(p) for group in parser.get_parsed_content("optimizer").param_groups for p in group["params"]
+    }
+    resting = {id(p) for p in encoder.parameters()}
+    assert trained == {id(p) for p in network.parameters()} - resting and trained and resting
+    assert not any(p.requires_grad for p in encoder.parameters())
 
 
 def test_layer_decay_gives_every_parameter_once_and_the_encoder_less():

@@ -257,6 +257,12 @@ def _steps(
     loader = shares["loader"][0] / 1e3
     device = sum(ms for name, (ms, _) in shares.items() if name != "loader") / 1e3
     cuda = trainer.device.type == "cuda"
+    made.add("iterations", iterations, "", f"{batch * processes} samples each")
+    made.add("crops a step", batch * processes * trainer.crops, "")
+    made.add("parameters, encoder", _count(trainer.online.encoder), "")
+    made.add(
+        "parameters, trained", _count(trainer.online) + _count(trainer.loss), "encoder, decoder and heads"
+    )
     kept = 3  # two checkpoints stay, one more is being written
     modules = [m for m in (trainer.online, trainer.teacher, trainer.loss) if m is not None]
     size = sum(_bytes(m) for m in modules) + 2 * sum(
@@ -323,6 +329,11 @@ class _Counted:
         self.peak = (
             self._bytes.peak + sum(map(_bytes, held)) + sum(t.numel() * t.element_size() for t in moments)
         )
+
+
+def _count(module: nn.Module | None) -> int:
+    """Parameters that an optimizer trains."""
+    return 0 if module is None else sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def _bytes(module: nn.Module) -> int:

@@ -27,6 +27,7 @@ COMMANDS = {
     "datalist": "custom.cli.scores:datalist",
     "score": "custom.cli.scores:score",
     "compare": "custom.cli.scores:compare",
+    "compare-methods": "custom.cli.study:compare_methods",
 }
 
 

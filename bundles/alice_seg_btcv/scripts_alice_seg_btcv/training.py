@@ -40,6 +40,12 @@ def clip_gradients(trainer: Any, network: nn.Module, optimizer: Any, max_norm: f
     trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, clip)
 
 
+def without_encoder(network: nn.Module, encoder: nn.Module) -> list[nn.Parameter]:
+    """Keep the encoder as it is; the parameters of the rest, for the optimizer."""
+    encoder.requires_grad_(False)
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
 def layer_decay(network: nn.Module, encoder: nn.Module, rate: float, decay: float) -> list[dict[str, Any]]:
     """Parameter groups whose learning rate falls towards the encoder's input.
 

@@ -182,11 +182,11 @@ def _require_plain_header(path: Path) -> None:
         found = _HEADER.match(file.read(184))
     if not found:
         raise RuntimeError("its header is damaged, or it holds other things than one array of numbers")
-    sides = (np.frombuffer(found["shape"][1:], [("kind", "u1"), ("n", ">i8")])["n"],)
-    sides += tuple(
-        np.frombuffer(found[k][1:], [("kind", "u1"), ("n", ">i4")])["n"] for k in ("chunks", "blocks")
+    kinds = {"shape": ">i8", "chunks": ">i4", "blocks": ">i4"}  # each number after a byte that says its kind
+    shape, chunks, blocks = (
+        np.frombuffer(found[key][1:], [("kind", "u1"), ("n", kind)])["n"].tolist()
+        for key, kind in kinds.items()
     )
-    shape, chunks, blocks = ([int(n) for n in side] for side in sides)
     ordered = all(0 < b <= c <= n < 2**31 for n, c, b in zip(shape, chunks, blocks, strict=True))
     itemsize = int.from_bytes(found["itemsize"], "big")
     size = int.from_bytes(found["size"], "big")
