@@ -10,6 +10,7 @@ from conftest import REPO, TINY_VIT
 from ignite.engine import Events
 from monai.networks.nets import UNETR, SwinUNETR
 
+from custom.data.store.volume_store import VolumeStore
 from custom.encoders.masked_swin import MaskedSwin
 from custom.encoders.masked_vit import MaskedViT
 from custom.encoders.nnformer import NNFormer
@@ -34,6 +35,7 @@ from custom.methods.rivals.two_views import ALIKE_STEPS
 from custom.methods.run_folder import load_run
 from custom.methods.terms import centred_cross_entropy, info_nce, masked_mean, move_centre
 from custom.methods.views import MaskedBatch, Masking, TargetView
+from custom.processes import leave
 
 CROP = (32, 32, 16)
 DECODER = {"decoder_width": 48, "decoder_depth": 1, "decoder_heads": 4}
@@ -297,6 +299,32 @@ def test_a_run_that_goes_on_writes_the_log_of_an_uninterrupted_one(name, store, 
     ours = found.student.encoder.encoder.state_dict()
     assert {k for k in ours if "mask" in k} == set()
     assert ours["blocks.0.attn.qkv.weight"].shape == unetr.vit.state_dict()["blocks.0.attn.qkv.weight"].shape
+
+
+def _train_in_one_of_two(rank, meeting, store_path, folder):
+    """All rivals, one after the other, in a process of two."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    store = VolumeStore(store_path)
+    for name in MAKE:
+        trainer(name, store, folder / name, batch=2, handlers=[RunLog(folder / name)]).run()
+    leave()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_over_the_same_global_batch(store, tmp_path):
+    arguments = (tmp_path / "meeting", store.path, tmp_path / "two")
+    torch.multiprocessing.spawn(_train_in_one_of_two, arguments, nprocs=2, join=True)
+    for name in MAKE:
+        folders = [tmp_path / processes / name for processes in ("one", "two")]
+        trainer(name, store, folders[0], batch=4, handlers=[RunLog(folders[0])]).run()
+        one, two = (read_log(folder) for folder in folders)
+        assert len(one) == len(two) == 4
+        if name == "swin_unetr":  # it cuts boxes of other samples, and contrasts them, within a process, as the authors do
+            continue
+        assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], abs=1e-5), name
+        first, second = (load_run(folder).student.state_dict() for folder in folders)
+        for key, tensor in first.items():  # AdamW makes a step of a gradient that is all rounding
+            torch.testing.assert_close(tensor, second[key], atol=3e-4, rtol=0, msg=lambda m, k=key, n=name: f"{n}, {k}: {m}")
 
 
 @pytest.mark.parametrize("name", ["simmim", "swin_unetr", "moco", "sim", "cmae"])

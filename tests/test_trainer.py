@@ -40,7 +40,7 @@ from custom.methods.views import MaskedBatch, Masking, TargetView
 
 
 def make_trainer(
-    store, run_dir, steps=6, batch=2, seed=0, handlers=(), similarity="cosine", width=48, **kwargs
+    store, run_dir, steps=6, batch=2, seed=0, handlers=(), similarity="cosine", width=48, log_every=1, **kwargs
 ):
     torch.manual_seed(seed)
     network = MaskedViT(**(TINY_VIT | {"hidden_size": width, "dropout_rate": 0.1}), pos_embed_type="sincos")
@@ -64,7 +64,7 @@ def make_trainer(
         schedule=kwargs.pop("schedule", Schedule(steps, 1e-3, warmup=min(2, steps), momentum=0.9)),
         run_dir=run_dir,
         seed=seed,
-        train_handlers=[*handlers, RunLog(run_dir)],
+        train_handlers=[*handlers, RunLog(run_dir, log_every)],
         **kwargs,
     )
 
@@ -74,6 +74,13 @@ def losses(folder):
         (line["step"], line["total"], line["l_r"], line["l_dv"], line["l_st"], line["grad_norm"])
         for line in read_log(folder)
     ]
+
+
+def test_the_last_step_and_probe_are_logged_whatever_log_every_is(store, tmp_path):
+    probe = ProbeHandler(lambda encoder: {"retrieval": 0.5}, every=6)
+    make_trainer(store, tmp_path, steps=6, handlers=[probe], log_every=4).run()
+    assert [line["step"] for line in read_log(tmp_path)] == [0, 4, 6]
+    assert read_log(tmp_path)[-1]["probe/retrieval"] == 0.5
 
 
 def test_schedules_by_hand():

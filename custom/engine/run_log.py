@@ -32,7 +32,7 @@ class RunLog:
 
     Args:
         folder: of the run.
-        every: steps between lines.
+        every: steps between lines; the last step has one, too.
     """
 
     def __init__(self, folder: str | Path, every: int = 1) -> None:
@@ -107,6 +107,8 @@ class RunLog:
 
     def _stop(self, engine: Any) -> None:
         if self._writer is not None:
+            if self._seen < engine.state.iteration == engine.schedule.steps:
+                self._line(engine)  # the last step, with what the last probe found
             with self._disk():
                 self._writer.close()
 
