@@ -22,6 +22,8 @@ from custom.engine.run_log import RunLog, read_log
 from custom.engine.schedules import decay_groups
 from custom.engine.trainer import PretrainTrainer, Schedule
 from custom.errors import AliceError
+from custom.methods.ace.draw import NestedPair
+from custom.methods.ace.method import Ace, AceStudent
 from custom.methods.draws import OneCrop, TwoCrops
 from custom.methods.rivals.cmae import Cmae, CmaeStudent
 from custom.methods.rivals.dino import Dino, DinoStudent, dino_loss
@@ -50,6 +52,12 @@ MAKE = {
         CmaeStudent(encoder, **DECODER, hidden_width=64, out_width=32), TargetView()
     ),
     "swin_unetr": lambda encoder: SwinUnetrPretext(PretextStudent(encoder, 32)),
+    "ace": lambda encoder: Ace(AceStudent(encoder, (2, 2, 1), **HEAD), TargetView(rotation=0, zoom=0)),
+}
+DRAWS = {
+    "simmim": OneCrop,
+    "swin_unetr": OneCrop,
+    "ace": lambda store, crop: NestedPair(store, crop, zoom=(2, 2, 1)),
 }
 MASKED = {"sim": ("crop_1",), "cmae": ("crop_1",), "ibot": ("crop_1", "crop_2")}
 PLANNED = ("sim", "cmae")
@@ -70,11 +78,8 @@ def swin():
 def trainer(name, store, folder, encoder=None, crop=CROP, steps=4, handlers=(), batch=4, rate=1e-3, **kwargs):
     encoder = encoder or vit()
     method = MAKE[name](encoder)
-    draws = (
-        OneCrop(store, crop)
-        if name in ("simmim", "swin_unetr")
-        else TwoCrops(store, crop, masked=MASKED.get(name, ()))
-    )
+    make = DRAWS.get(name, lambda *args: TwoCrops(*args, masked=MASKED.get(name, ())))
+    draws = make(store, crop)
     masking = BoxMasking() if name == "ibot" else Masking(0.5)
     planner = encoder.planner() if name in PLANNED else None
     collate = MaskedBatch(masking, encoder.units(crop), draws.crop_keys, planner)
@@ -319,15 +324,19 @@ def test_two_processes_equal_one_over_the_same_global_batch(store, tmp_path):
         trainer(name, store, folders[0], batch=4, handlers=[RunLog(folders[0])]).run()
         one, two = (read_log(folder) for folder in folders)
         assert len(one) == len(two) == 4
-        if name == "swin_unetr":  # it cuts boxes of other samples, and contrasts them, within a process, as the authors do
+        if (
+            name == "swin_unetr"
+        ):  # it cuts boxes of other samples, and contrasts them, within a process, as the authors do
             continue
         assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], abs=1e-5), name
         first, second = (load_run(folder).student.state_dict() for folder in folders)
         for key, tensor in first.items():  # AdamW makes a step of a gradient that is all rounding
-            torch.testing.assert_close(tensor, second[key], atol=3e-4, rtol=0, msg=lambda m, k=key, n=name: f"{n}, {k}: {m}")
+            torch.testing.assert_close(
+                tensor, second[key], atol=3e-4, rtol=0, msg=lambda m, k=key, n=name: f"{n}, {k}: {m}"
+            )
 
 
-@pytest.mark.parametrize("name", ["simmim", "swin_unetr", "moco", "sim", "cmae"])
+@pytest.mark.parametrize("name", ["simmim", "swin_unetr", "moco", "sim", "cmae", "ace"])
 def test_a_rival_learns_on_one_batch(name, store, tmp_path):
     """Not DINO and iBOT: their cross entropy rises, since the centre takes what all crops share."""
     engine = trainer(name, store, tmp_path, batch=8)
@@ -379,7 +388,7 @@ def test_ibots_student_learns_the_teachers_answer(store, tmp_path, monkeypatch):
     assert told[-1] < 0.5 * told[0], told[::10]
 
 
-@pytest.mark.parametrize("name", ["dino", "ibot"])
+@pytest.mark.parametrize("name", ["dino", "ibot", "ace"])
 def test_a_longer_run_goes_on_although_its_frozen_start_is_longer(name, store, tmp_path):
     trainer(name, store, tmp_path, steps=2).run()
     longer = trainer(name, store, tmp_path, steps=4)
@@ -473,10 +482,9 @@ def test_every_rival_has_a_file_that_fits_train_yaml():
 
     configs = REPO / "bundles" / "alice_pretrain" / "configs"
     for name in MAKE:
-        assert METHODS[name] == f"custom.methods.rivals.{name}"
         text = (configs / f"{name}.yaml").read_text(encoding="utf-8")
         assert re.search(r"arXiv \d{4}\.\d{5}", text)
-        assert yaml.safe_load(text)["method"]["_target_"].startswith(f"custom.methods.rivals.{name}.")
+        assert yaml.safe_load(text)["method"]["_target_"].startswith(f"{METHODS[name]}.")
         check_files(
             [str(configs / file) for file in ("train.yaml", "smoke.yaml", f"{name}.yaml")],
             {"method::student": "@student_def"},

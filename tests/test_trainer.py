@@ -40,7 +40,16 @@ from custom.methods.views import MaskedBatch, Masking, TargetView
 
 
 def make_trainer(
-    store, run_dir, steps=6, batch=2, seed=0, handlers=(), similarity="cosine", width=48, log_every=1, **kwargs
+    store,
+    run_dir,
+    steps=6,
+    batch=2,
+    seed=0,
+    handlers=(),
+    similarity="cosine",
+    width=48,
+    log_every=1,
+    **kwargs,
 ):
     torch.manual_seed(seed)
     network = MaskedViT(**(TINY_VIT | {"hidden_size": width, "dropout_rate": 0.1}), pos_embed_type="sincos")

@@ -162,11 +162,14 @@ class Draws(Dataset):
         start: np.ndarray = np.clip(point - self.crop_size // 2, np.minimum(0, room), np.maximum(0, room))
         return start
 
-    def _crop(self, name: str, start: np.ndarray) -> torch.Tensor:
+    def _crop(self, name: str, start: np.ndarray, size: np.ndarray | None = None) -> torch.Tensor:
+        """A box in [0, 1], (1, X, Y, Z); of ``crop_size`` unless another size is given."""
         low, high = self.window
         # what lies outside becomes 0, as air does
         air = int(np.floor(max(low, -1024))) if self.store.profile == "ct" else None
-        crop = self.store.read_crop(name, start.tolist(), self.crop_size.tolist(), fill=air)
+        crop = self.store.read_crop(
+            name, start.tolist(), (self.crop_size if size is None else size).tolist(), fill=air
+        )
         return torch.from_numpy(window(crop, low, high))[None]
 
 

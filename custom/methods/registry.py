@@ -22,6 +22,7 @@ METHODS = {
     "sim": "custom.methods.rivals.sim",
     "cmae": "custom.methods.rivals.cmae",
     "swin_unetr": "custom.methods.rivals.swin_unetr",
+    "ace": "custom.methods.ace.method",
 }
 
 
