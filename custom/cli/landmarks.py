@@ -118,8 +118,9 @@ def calibrate(
         seed=seed,
     )
     print(f"| score | accepted | come back within {reach_mm:g} mm | points |\n|---|---|---|---|")
-    for row in found.rows:
-        if row["points"]:
+    counts = [row["points"] for row in found.rows]
+    for row, before in zip(found.rows, [0, *counts], strict=False):
+        if row["points"] > before:  # lower scores accept nothing more
             print(f"| {row['score']:.3f} | {row['accepted']:.0%} | {row['within']:.0%} | {row['points']} |")
     if found.threshold is None:
         raise AliceError(

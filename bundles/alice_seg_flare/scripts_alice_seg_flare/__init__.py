@@ -24,7 +24,9 @@ from . import (
     files,
     labels,
     layouts,
+    locks,
     losses,
+    progress,
     refusals,
     resume,
     scans,
@@ -36,8 +38,9 @@ from . import (
 )
 
 __all__ = [
-    "agreement", "averaging", "body", "cases", "chance", "checks", "examine", "files", "labels", "layouts", "losses",
-    "of", "refusals", "resume", "scans", "scores", "settings", "state_dicts", "stop", "training", "weights",
+    "agreement", "averaging", "body", "cases", "chance", "checks", "examine", "files", "labels", "layouts", "locks",
+    "losses", "of", "progress", "refusals", "resume", "scans", "scores", "settings", "state_dicts", "stop", "training",
+    "weights",
 ]  # fmt: skip
 
 
