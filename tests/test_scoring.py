@@ -9,6 +9,7 @@ import pytest
 from monai.data import MetaTensor
 from monai.transforms import SaveImage
 
+from custom.cli.main import main
 from custom.cli.scores import score
 from custom.evaluation.scores.case_files import find_references, match_files, possible_cases
 from custom.evaluation.scores.csv_rows import read_rows
@@ -272,3 +273,39 @@ def test_the_command_writes_rows_and_says_what_was_left_out(cohort, capsys):
     assert "Left out, since no reference belongs to them: 1 files" in said and "other_seg.nii.gz" in said
     with pytest.raises(ValueError, match=r"No reference for the case\(s\) \['0009'\]"):
         score(str(cohort / "out"), str(cohort / "data"), cases="0009", o=str(cohort / "x.csv"))
+
+
+@pytest.mark.parametrize(
+    "label_map", ["{7: 1, 3: 2}", "{'7': 1, 3: 'liver'}", "{7: 'spleen', 3: 2, 9: background}"]
+)
+def test_references_that_number_organs_otherwise_are_mapped(tmp_path, label_map, capsys):
+    rng = np.random.default_rng(0)
+    ours = rng.integers(0, 3, (8, 8, 8)).astype(np.uint8)
+    theirs = np.array([9, 7, 3], np.uint8)[ours]  # 9 is of another structure
+    write(tmp_path / "out" / "a.nii.gz", ours)
+    write(tmp_path / "refs" / "labels" / "a.nii.gz", theirs)
+    content = {"labels": {"0": "background", "3": "liver", "7": "spleen", "9": "heart"}, "name": "x"}
+    (tmp_path / "refs" / "dataset.json").write_text(json.dumps(content))
+    words = [
+        "score",
+        str(tmp_path / "out"),
+        str(tmp_path / "refs" / "labels"),
+        "--rules",
+        "plain",
+        "--names",
+        "spleen,liver",
+    ]
+    words += ["-o", str(tmp_path / "rows.csv")]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "--label_map" in capsys.readouterr().err
+    main([*words, "--label_map", label_map])
+    assert [row["dsc"] for row in read_rows(tmp_path / "rows.csv")] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("label_map", ["{1: 3}", "{1: kidney}", "{liver: 1}", "spleen", "{1: "])
+def test_a_label_map_that_maps_nothing_of_the_rule_is_refused(tmp_path, label_map, capsys):
+    words = ["score", str(tmp_path), str(tmp_path), "--rules", "plain", "--names", "spleen,liver"]
+    with pytest.raises(SystemExit):
+        main([*words, "--label_map", label_map])
+    assert "label_map" in capsys.readouterr().err

@@ -18,7 +18,9 @@ def scripts():
 
 
 def write_lock(folder, **holder):
-    (folder / "training.lock").write_text(json.dumps({"host": socket.gethostname(), "pid": os.getppid()} | holder))
+    (folder / "training.lock").write_text(
+        json.dumps({"host": socket.gethostname(), "pid": os.getppid()} | holder)
+    )
 
 
 def test_a_folder_is_taken_once_and_given_back_at_the_end(tmp_path, scripts):
@@ -28,7 +30,10 @@ def test_a_folder_is_taken_once_and_given_back_at_the_end(tmp_path, scripts):
     assert not list((tmp_path / "new").iterdir())
     write_lock(tmp_path)  # this process's parent lives
     (told,) = scripts.locks.take(str(tmp_path))
-    assert f"process {os.getppid()} on {socket.gethostname()} trains in {tmp_path}" in told and "another output_dir" in told
+    assert (
+        f"process {os.getppid()} on {socket.gethostname()} trains in {tmp_path}" in told
+        and "another output_dir" in told
+    )
     assert json.loads((tmp_path / "training.lock").read_text())["pid"] == os.getppid()
 
 
@@ -36,7 +41,11 @@ def test_a_folder_is_taken_once_and_given_back_at_the_end(tmp_path, scripts):
 def test_a_lock_whose_holder_is_gone_is_taken_over(tmp_path, scripts, case):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    holder = {"ended": {"pid": ended.pid}, "own": {"pid": os.getpid()}, "elsewhere and quiet": {"host": "another"}}[case]
+    holder = {
+        "ended": {"pid": ended.pid},
+        "own": {"pid": os.getpid()},
+        "elsewhere and quiet": {"host": "another"},
+    }[case]
     write_lock(tmp_path, **holder)
     if "host" in holder:
         assert scripts.locks.take(str(tmp_path)), "another machine touched it a moment ago"
@@ -57,7 +66,9 @@ def test_a_second_training_in_a_folder_is_refused_before_it_reads_a_scan(cohort,
     settings = TRIAL | {"dataset_dir": cohort, "output_dir": tmp_path, "ckpt_dir": tmp_path}
     words = ["-m", "monai.bundle", "run", "--config_file", str(configs("train")), "--bundle_root", str(FLARE)]
     words += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    done = subprocess.run([sys.executable, "-W", "ignore", *words], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *words], capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0 and "trains in" in done.stderr.strip().splitlines()[-1]
     assert not list(tmp_path.glob("*.pt")) and not (tmp_path / "checkpoints").exists()
 

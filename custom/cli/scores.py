@@ -82,6 +82,7 @@ def score(
     fold: int | None = None,
     split: str | None = None,
     seed: int | None = None,
+    label_map: str | None = None,
 ) -> None:
     """Score label maps against references on the original grid, per case and organ; a missing one counts as 0.
 
@@ -96,11 +97,13 @@ def score(
         fold: kept in the rows; with a split, or a datalist that has folds, only its cases are scored.
         split: a bundle's folds.json.
         seed: of the training, kept in the rows.
+        label_map: for references that number organs otherwise, "{1: 3, 2: 'liver'}"; other values of theirs are background.
     """
     from custom.evaluation.scores.csv_rows import write_rows
     from custom.evaluation.scores.score_folder import make_rule, read_cases, score_folder, score_markdown
 
     rule = make_rule(rules, names, tolerance)
+    mapped = None if label_map is None else _label_map(label_map, rule.organs)
     with tqdm(desc="cases") as bar:
 
         def progress(done: int, total: int) -> None:
@@ -115,11 +118,26 @@ def score(
             fold=fold,
             split=split,
             seed=seed,
+            mapped=mapped,
             progress=progress,
         )
     write_rows(o, scored.rows)
     print(score_markdown(scored, rule))
     print(o)
+
+
+def _label_map(text: str, organs: Sequence[str]) -> dict[int, int]:
+    import yaml
+
+    from custom.data.label_names import read_label_map
+
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        content = None
+    if not isinstance(content, dict) or not content:
+        raise AliceError(f'--label_map {text}: write "{{1: 3}}" or "{{1: \'liver\'}}".')
+    return read_label_map(content, organs)
 
 
 def compare(

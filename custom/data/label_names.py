@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from custom.data.errors import ScanError
-from custom.data.layouts import dataset_jsons, misnamed, names_of_values
+from custom.data.layouts import dataset_jsons, misnamed, names_of_values, organ_of
 from custom.files import read_json
+
+
+def read_label_map(label_map: Mapping[Any, Any], labels: Sequence[str]) -> dict[int, int]:
+    """Numbers of a data set -> numbers it is read by; as ``label_map`` of the segmentation bundles.
+
+    Args:
+        label_map: from a value of the data to a value (0 is background) or to one of ``labels``.
+        labels: names of the values 1, 2, ...
+
+    Raises:
+        ScanError: naming what is neither.
+    """
+    value_of = {"background": 0} | {organ_of(name): value for value, name in enumerate(labels, start=1)}
+    found = {}
+    for key, to in label_map.items():
+        number = int(to) if str(to).isdigit() else value_of.get(organ_of(str(to)), -1)
+        if not str(key).isdigit() or not 0 <= number <= len(labels):
+            raise ScanError(
+                f"label_map: {key!r}: {to!r} maps no value of the data to 0 to {len(labels)} or to one of {', '.join(labels)}."
+            )
+        found[int(key)] = number
+    return found
 
 
 def refuse_other_names(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ def score_folder(
     fold: int | None = None,
     split: str | Path | None = None,
     seed: int | None = None,
+    mapped: Mapping[int, int] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scored:
     """Score every reference. A case without a prediction is a failure: its DSC and NSD are 0.
@@ -126,6 +127,8 @@ def score_folder(
             scored.
         split: the folds.json of a bundle.
         seed: of the training, written into the rows.
+        mapped: value of the references -> value of the rule, for references that number organs otherwise; values that it
+            does not name are background.
         progress: called with cases done and cases in all.
 
     Raises:
@@ -133,12 +136,13 @@ def score_folder(
             labels otherwise, or a reference without any label; if no prediction matches a case, or the fold holds no case.
     """
     everyone = find_references(references)
-    refuse_other_names(
-        references,
-        (reference.path for reference in everyone),
-        rule.organs,
-        "Score with the data's own names, --rules plain --names {names}.",
-    )
+    if not mapped:
+        refuse_other_names(
+            references,
+            (reference.path for reference in everyone),
+            rule.organs,
+            "Map them with --label_map, or score with the data's own names, --rules plain --names {names}.",
+        )
     if split is not None:
         everyone = with_folds(everyone, split)
     wanted = _wanted(everyone, str(references), cases, fold)
@@ -156,7 +160,7 @@ def score_folder(
             more["fold"] = its_fold
         if seed is not None:
             more["seed"] = seed
-        scored = score_case(found.get(reference.case), reference.path, rule, reference.case)
+        scored = score_case(found.get(reference.case), reference.path, rule, reference.case, mapped)
         rows += [{"case": row["case"]} | more | row for row in scored]
         progress(done, len(wanted))
     failed = [reference.case for reference in wanted if reference.case not in found]
@@ -164,7 +168,11 @@ def score_folder(
 
 
 def score_case(
-    prediction: Path | None, reference: Path, rule: ScoringRule, case: str
+    prediction: Path | None,
+    reference: Path,
+    rule: ScoringRule,
+    case: str,
+    mapped: Mapping[int, int] | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of one case; without a prediction it is a failure.
 
@@ -172,6 +180,8 @@ def score_case(
     leaves those out of its means.
     """
     truth = read_case_file(reference)
+    if mapped:
+        truth = replace(truth, voxels=_renumbered(truth.voxels, mapped))
     labels_r = _labels(truth, rule)
     if not labels_r.any():
         raise AliceError(f"{reference}: the reference holds no organ at all; repair it or leave it out.")
@@ -205,6 +215,13 @@ def score_markdown(scored: Scored, rule: ScoringRule) -> str:
         )
     summaries = {metric: summarise(scored.rows, metric) for metric in ("dsc", "nsd", "hd95")}
     return "\n\n".join([*said, summary_markdown(summaries)])
+
+
+def _renumbered(voxels: NDArray[Any], mapped: Mapping[int, int]) -> NDArray[np.integer]:
+    found = np.zeros(voxels.shape, np.int32)
+    for value, to in mapped.items():
+        found[voxels == value] = to
+    return found
 
 
 def _labels(volume: Volume, rule: ScoringRule) -> NDArray[np.integer]:
