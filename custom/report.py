@@ -39,6 +39,7 @@ class Page:
     title: str
     lead: str = ""
     footer: str = ""
+    refresh: int | None = None  # seconds after which a browser loads the page again
     blocks: list[dict[str, Any]] = field(default_factory=list, init=False)
 
     @property

@@ -26,6 +26,7 @@ from custom.encoders.nnformer import NNFormer
 from custom.engine.checkpoint import checkpoints_of, load_checkpoint
 from custom.engine.run_log import read_log
 from custom.methods.run_folder import load_run
+from custom.methods.run_page import ended, run_page
 from custom.transfer.encoder_weights import load_encoder, read_weights
 
 BUNDLE = REPO / "bundles" / "alice_pretrain"
@@ -130,6 +131,41 @@ def test_chores_on_a_run_are_commands(trained, tmp_path, capsys):
     said = capsys.readouterr().err.strip()
     assert refused.value.code == 1 and said.startswith("alice: ") and "Traceback" not in said
     assert said.endswith(f"(looked into {tmp_path / 'checkpoints'}).")
+
+
+def test_a_report_shows_a_run_that_ended_and_one_that_is_written(trained, tmp_path, capsys):
+    alice(["report", str(trained), "--to", str(tmp_path / "one.html")])
+    page = (tmp_path / "one.html").read_text()
+    for said in (
+        "6 of 6 steps",
+        "<h2",
+        "None.",
+        "untrained",
+        "step 6",
+        "Place matching",
+        "place_mm",
+        "data:image/",
+    ):
+        assert said in page, said
+    assert 'http-equiv="refresh"' not in page and not re.search(r"(src|href)=\"https?:", page)
+
+    other = tmp_path / "b" / trained.name  # still at work: no checkpoint so far, and an alarm
+    other.mkdir(parents=True)
+    lines = read_log(trained)[:4]
+    lines[2]["alarms"] = lines[3]["alarms"] = ["tokens tell their number <b>"]
+    (other / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
+    for key, word in (("refresh", 20), ("refresh", None)):
+        text = run_page([trained, other], **{key: word}).html()
+        assert ('content="20"' in text) is (word == 20)
+    assert (
+        f"{other.relative_to(tmp_path.parent.parent)}".split("/")[-2] in text
+        and "no checkpoint so far" in text
+    )
+    assert "tokens tell their number &lt;b&gt;" in text and "2 to 3" in text
+    assert not ended(other) and ended(trained)
+    with pytest.raises(SystemExit):
+        alice(["report", str(tmp_path)])
+    assert "no log of a run here" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -405,7 +405,7 @@ def test_fewer_than_three_seeds_print_no_interval(tmp_path, reported):
     )
     rows = {(CELL, arm): rows_of(gain, seeds=(0, 1)) for arm, gain in (("scratch", 0.0), ("Alice", 0.2))}
     text = report.markdown(few, few.folder, rows, [])
-    assert "2 seeds: no interval is printed" in text
+    assert "Seeds: 2. Fewer than 3: no interval is printed" in text
     assert "better" not in text and "## Paired" not in text
     assert not [line for line in text.splitlines() if line.startswith("| 3 labelled") and "[" in line]
 

@@ -92,6 +92,15 @@ def test_the_last_step_and_probe_are_logged_whatever_log_every_is(store, tmp_pat
     assert read_log(tmp_path)[-1]["probe/retrieval"] == 0.5
 
 
+def test_alarms_stand_in_the_log(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(Alice, "alarms", lambda self, latest, untrained: ["a smell of smoke"])
+    make_trainer(store, tmp_path, steps=4, handlers=[Monitors(every=2)]).run()
+    assert [line["step"] for line in read_log(tmp_path) if line.get("alarms") == ["a smell of smoke"]] == [
+        2,
+        4,
+    ]
+
+
 def test_schedules_by_hand():
     rates = [warmup_cosine(s, 10, 2.0, 4, 0.2) for s in range(11)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]

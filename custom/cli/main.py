@@ -23,6 +23,7 @@ COMMANDS = {
     "profile": "custom.cli.runs:profile",
     "probe": "custom.cli.runs:probe",
     "picture": "custom.cli.runs:picture",
+    "report": "custom.cli.runs:report",
     "export": "custom.cli.weights:export",
     "datalist": "custom.cli.scores:datalist",
     "score": "custom.cli.scores:score",

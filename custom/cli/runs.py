@@ -97,40 +97,53 @@ def picture(run: str, to: str = "picture.png") -> None:
         run: the run's output_dir.
         to: the PNG to write.
     """
-    import torch
-
-    from custom.data.store.volume_store import VolumeStore
     from custom.engine.run_log import read_log
-    from custom.landmarks.aligners.simple import CoordinateAligner
-    from custom.methods.pairs import AlignedPair
-    from custom.methods.picture import predicts_raw, run_picture
     from custom.methods.run_folder import load_run
-    from custom.methods.views import MASKINGS, Masking
+    from custom.methods.run_page import picture_of
 
     loaded = load_run(run)
-    summary, store = loaded.summary, VolumeStore(loaded.summary["store_dir"])
-    held = summary["held_back"]
-    pairs = AlignedPair(
-        store,
-        CoordinateAligner(store),
-        summary["crop_size"],
-        window_hu=summary["window_hu"],
-        names=held if len({store.patient(n) for n in held}) > 1 else store.names,
-        max_offset=0.0,
-    )
-    pair = pairs[0]
-    units = loaded.student.encoder.units(tuple(summary["crop_size"]))
-    known = summary["masking"]["kind"] in MASKINGS  # other masks are of methods that fill nothing in
-    hidden = Masking(**summary["masking"] if known else {})(torch.tensor([0]), units)
-    crops = pair["crop_q"][None], pair["crop_k"][None]
-    log, raw = read_log(loaded.folder), predicts_raw(summary)
-    figure = run_picture(loaded.student, log, summary["terms"], *crops, hidden, raw)
+    figure, scans = picture_of(loaded, read_log(loaded.folder))
+    of = loaded.summary
     figure.suptitle(
-        f"{summary['network_type']} after {loaded.iteration} of {summary['iterations']} iterations, {summary['scans']} scans"
+        f"{of['network_type']} after {loaded.iteration} of {of['iterations']} iterations, {of['scans']} scans"
     )
     Path(to).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(to, dpi=110)
-    print(f"{to}: {shown(pair['scan_q'])} and {shown(pair['scan_k'])}")
+    print(f"{to}: {shown(scans)}")
+
+
+def report(
+    run: str, other: str | None = None, to: str = "report.html", live: bool = False, every: int = 30
+) -> None:
+    """Write a page about a run, or about two: curves and what they should look like, probe, alarms, a picture, settings.
+
+    The page is one file that needs no network.
+
+    Args:
+        run: the run's output_dir; it may still be training.
+        other: of a second run, drawn beside it.
+        to: the HTML file to write.
+        live: write it again until every run has all its steps, or until Ctrl-C; a browser that shows it loads it again.
+        every: seconds between two writes.
+    """
+    import time
+
+    from custom.methods.run_page import ended, run_page
+
+    if every < 1:
+        raise AliceError(f"--every {every}: give at least 1 second.")
+    folders = [run, *([other] if other else [])]
+    while True:
+        done = not live or all(ended(folder) for folder in folders)
+        Path(to).parent.mkdir(parents=True, exist_ok=True)
+        run_page(folders, refresh=None if done else every).write(to)
+        print(f"{to}{'' if done else ', written again every ' + str(every) + ' s'}", flush=True)
+        if done:
+            return
+        try:
+            time.sleep(every)
+        except KeyboardInterrupt:
+            return
 
 
 def profile(config: str | Sequence[str], steps: int = 8, **overrides: Any) -> None:

@@ -109,17 +109,17 @@ class Monitors:
             values |= {f"score_p{p}": ranked[place] for p, place in places.items()}
             engine.report_distribution("monitor/scores", ranked)
         engine.report({f"monitor/{name}": value for name, value in values.items()})
+        found = []
         if self.teacher and values["std_teacher"] < ALARM_STD and values["rank_teacher"] < 2:
-            logger.warning(
-                "Step %d: the teacher's vectors collapse (spread %.3f of a healthy 1, effective rank %.1f). "
-                "Crops are told apart by little. Lower learning_rate, or raise the weight of a term that tells them apart.",
-                engine.state.iteration,
-                values["std_teacher"],
-                values["rank_teacher"],
+            found.append(
+                f"the teacher's vectors collapse (spread {values['std_teacher']:.3f} of a healthy 1, effective rank "
+                f"{values['rank_teacher']:.1f}). Crops are told apart by little. Lower learning_rate, or raise the weight of a term "
+                "that tells them apart."
             )
         latest = engine.state.metrics | engine.state.output[0]
-        for alarm in engine.method.alarms(latest, engine.untrained):
+        for alarm in [*found, *engine.method.alarms(latest, engine.untrained)]:
             logger.warning("Step %d: %s", engine.state.iteration, alarm)
+            engine.alarms.append(alarm)
 
     def _spread(self) -> dict[str, float]:
         teacher, own = torch.stack(list(self.teacher)), torch.stack(list(self.student))

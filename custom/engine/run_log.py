@@ -81,7 +81,10 @@ class RunLog:
         speeds = {"samples_per_second": speed, "crops_per_second": speed * engine.crops}
         self._clock, self._seen = now, step
         with self._disk():
-            self._write(step, values | _take_news(engine), speeds, _take_news(engine, "distributions"))
+            self._write(
+                step, values | _take_news(engine), speeds, _take_news(engine, "distributions"), engine.alarms
+            )
+        engine.alarms = []
 
     def _write(
         self,
@@ -89,6 +92,7 @@ class RunLog:
         values: dict[str, float],
         speeds: Mapping[str, float] | None = None,
         distributions: Mapping[str, Sequence[float]] | None = None,
+        alarms: Sequence[str] = (),
     ) -> None:
         line: dict[str, Any] = {"step": step} | {
             k: v if math.isfinite(v) else None for k, v in values.items()
@@ -102,6 +106,8 @@ class RunLog:
             counts, edges = np.histogram(many, BINS, (-1.0, 1.0))
             line[f"{name}_histogram"] = {"counts": counts.tolist(), "from": edges[0], "to": edges[-1]}
             self._writer.add_histogram(name, np.asarray(many), step)
+        if alarms:
+            line["alarms"] = list(alarms)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

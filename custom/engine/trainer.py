@@ -189,6 +189,7 @@ class PretrainTrainer(Trainer):
         self.section: Callable[[str], Any] = _untimed  # replaced by a profile, see custom.engine.profile
         self.news: dict[str, float] = {}
         self.distributions: dict[str, list[float]] = {}  # what meters reported since the log last looked
+        self.alarms: list[str] = []  # what monitors warned of since then
         self.pooled: list[Vectors] = []  # of this step's parts
         self.untrained: dict[str, float] = {}  # what the probe said before training
         self.kept: dict[str, Any] = {}  # handlers with a state_dict, kept in checkpoints by name

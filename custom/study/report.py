@@ -136,14 +136,16 @@ def markdown(plan: Plan, folder: Path, results: Mapping[tuple[Cell, str], Rows],
     over = (
         f"{len(cases)} patients held back, {len(plan.seeds)} seeds. "
         if cases
-        else f"{len(plan.seeds)} seeds. "
+        else f"Seeds: {len(plan.seeds)}. "
     )
     parts = [
         f"# {plan.folder.resolve().name}: methods compared",
         f"{over}Written by `alice compare-methods` from the rows beside it.",
     ]
     if len(plan.seeds) < FEWEST_SEEDS:
-        parts.append(f"**{len(plan.seeds)} seeds: no interval is printed, and nothing is told apart.**")
+        parts.append(
+            f"**Seeds: {len(plan.seeds)}. Fewer than {FEWEST_SEEDS}: no interval is printed, and nothing is told apart.**"
+        )
     if results:
         parts += _scores(plan, results)
     if probed:
