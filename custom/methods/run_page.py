@@ -213,7 +213,7 @@ def _curves(shown: Sequence[Shown], keys: Sequence[str], points: bool = False) -
         return None
     axes.set_xlabel("step")
     axes.spines[["top", "right"]].set_visible(False)
-    if any(line.get_label() for line in axes.lines if not line.get_label().startswith("_")):
+    if any(label and not label.startswith("_") for label in (str(line.get_label()) for line in axes.lines)):
         axes.legend(frameon=False, fontsize=8)
     return figure
 
