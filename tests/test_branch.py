@@ -7,8 +7,9 @@ from custom.encoders.masked_vit import MaskedViT
 from custom.encoders.masking import hide_tokens
 from custom.encoders.tokens import token_encoder
 from custom.engine.ema import EMA
+from custom.errors import AliceError
 from custom.methods.alice.branch import ALIGNMENTS, StudentBranch, TeacherOutput
-from custom.methods.alice.casa import CASA, OfficialCASA
+from custom.methods.alice.casa import CASA, MultiheadCASA, Nearest, OfficialCASA, Sinkhorn
 from custom.methods.alice.losses import AliceLoss
 from custom.methods.heads import ProjectionHead
 
@@ -104,23 +105,76 @@ def test_the_literal_paper_has_no_predictor_and_t_equals_s_where_h_equals_y():
 
 
 @pytest.mark.parametrize(
-    "alignment, casa_teacher", [("casa", "shared"), ("casa", "ema"), ("casa_official", "shared")]
+    "alignment, casa_teacher",
+    [
+        ("casa", "shared"),
+        ("casa", "ema"),
+        ("casa_official", "shared"),
+        ("multihead", "ema"),
+        ("nearest", "shared"),
+        ("sinkhorn", "shared"),
+    ],
 )
 def test_s_looks_at_the_students_tokens_and_t_at_the_teachers(alignment, casa_teacher):
     student = branch(alignment=alignment, casa_teacher=casa_teacher, predictor=False).eval()
     teacher = student.make_teacher().eval()
-    if teacher.casa is not None:
+    if isinstance(teacher.casa, CASA):
         torch.nn.init.normal_(teacher.casa.zeta.bias)  # so that the two CASA modules differ
     target = TeacherOutput(torch.randn(2, 6, 32), torch.randn(2, 32))
     hidden = hide_tokens(2, (2, 3, 1), 0.5)
     output = student(torch.rand(2, 1, 32, 48, 16), hidden, target, teacher.casa)
     decoded = student.decoder(output.visible, (2, 3, 1), hidden)
-    queries = student.head(output.visible) if alignment == "casa_official" else output.visible
+    raw = alignment in ("casa", "multihead")
+    queries = output.visible if raw else student.head(output.visible)
     expected_s = student.casa(queries, student.head(student.decoder.features(decoded)))  # H
     expected_t = (teacher.casa or student.casa)(queries, target.tokens)  # Y
     torch.testing.assert_close(output.student_tokens, expected_s)
     torch.testing.assert_close(output.teacher_tokens, expected_t)
     assert not torch.allclose(expected_s, expected_t, atol=0.01)
+
+
+def test_one_head_is_casa_to_the_bit_and_eight_are_not():
+    visible, context = torch.randn(2, 3, 48), torch.randn(2, 6, 32)
+    casa, one, eight = CASA(48, 32, 32), MultiheadCASA(48, 32, 32, heads=1), MultiheadCASA(48, 32, 32)
+    for other in (one, eight):
+        other.load_state_dict(casa.state_dict())
+    assert torch.equal(casa(visible, context), one(visible, context))
+    assert not torch.allclose(casa(visible, context), eight(visible, context), atol=1e-3)
+    with pytest.raises(AliceError, match="not divisible by 8 heads"):
+        MultiheadCASA(48, 32, 36)
+
+
+def test_nearest_takes_the_token_of_the_highest_cosine_wherever_it_lies():
+    context = torch.randn(2, 6, 32, requires_grad=True)
+    taken = torch.tensor([[4, 0, 4], [5, 1, 2]])
+    rows = torch.stack([context[b, index] for b, index in enumerate(taken)])
+    visible = 3 * rows.detach() + 0.01 * torch.randn_like(rows)
+    found = Nearest()(visible, context)
+    torch.testing.assert_close(found, rows)
+    mixed = torch.randperm(6)
+    torch.testing.assert_close(Nearest()(visible, context[:, mixed]), found)
+    found.sum().backward()
+    used = context.grad.abs().sum(2) > 0
+    assert used.nonzero().tolist() == [[0, 0], [0, 4], [1, 1], [1, 2], [1, 5]]
+
+
+@pytest.mark.parametrize(
+    ("cosine", "iterations", "expected"),
+    [
+        ([[1, 0], [0, 1]], 1, [[0.880797, 0.119203], [0.119203, 0.880797]]),
+        ([[1, 1], [0, 1]], 1, [[0.80749, 0.36211], [0.19251, 0.63789]]),
+        ([[1, 1], [0, 1]], 100, [[0.731059, 0.268941], [0.268941, 0.731059]]),
+    ],
+)
+def test_sinkhorn_by_hand(cosine, iterations, expected):
+    plan = Sinkhorn(0.5, iterations).plan(torch.tensor([cosine], dtype=torch.float32))
+    torch.testing.assert_close(plan[0], torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_sinkhorn_sends_and_receives_equally_much():
+    plan = Sinkhorn(iterations=200).plan(torch.rand(2, 3, 6))
+    torch.testing.assert_close(plan.sum(2), torch.ones(2, 3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(plan.sum(1), torch.full((2, 6), 0.5), atol=1e-3, rtol=0)
 
 
 def test_the_teacher_sees_every_token_and_pools_them():

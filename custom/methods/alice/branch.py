@@ -13,11 +13,12 @@ from custom.encoders.masking import gather_visible, visible_index
 from custom.encoders.tokens import TokenEncoder
 from custom.engine.method import Student
 from custom.errors import AliceError
-from custom.methods.alice.casa import CASA, OfficialCASA
+from custom.methods.alice.casa import CASA, MultiheadCASA, Nearest, OfficialCASA, Sinkhorn
 from custom.methods.decoder import Decoder
 from custom.methods.heads import Predictor, ProjectionHead
 
-ALIGNMENTS = ("casa", "casa_official", "direct", "decoder_target", "none")
+ALIGNMENTS = ("casa", "casa_official", "multihead", "nearest", "sinkhorn", "direct", "decoder_target", "none")
+_OF_PROJECTED = ("casa_official", "nearest", "sinkhorn", "direct")  # these align phi(V), not V
 
 
 class TeacherOutput(NamedTuple):
@@ -69,7 +70,8 @@ class StudentBranch(Student):
         head_width, bottleneck, prototypes: size of phi and psi, see ``ProjectionHead``.
         predictor: student-side MLP on both similarity terms; False is the paper's literal text.
         alignment: how tokens of the two views are brought together for l_st: ``casa`` (the paper),
-            ``casa_official`` (the authors' code), ``direct`` (phi(V) against the same tokens of Y),
+            ``casa_official`` (the authors' code), ``multihead`` (CASA with 8 heads), ``nearest`` and ``sinkhorn`` (the context
+            token of the highest cosine, or a transport plan of cosines), ``direct`` (phi(V) against the same tokens of Y),
             ``decoder_target`` (all tokens of H against all of Y, as SIM), ``none`` (no l_st).
         casa_teacher: ``shared`` (the paper: T by the very same weights) or ``ema`` (ours: T by an EMA copy).
         pooled_from: ``decoder`` (GAP of H; Alice, Eq. 2) or ``encoder`` (GAP of phi(V); the authors' code).
@@ -114,11 +116,15 @@ class StudentBranch(Student):
         )
         self.head = ProjectionHead(encoder.width, head_width, bottleneck, prototypes)
         width = self.head.out_width
-        self.casa: CASA | OfficialCASA | None = None
+        self.casa: nn.Module | None = None
         if alignment == "casa":
             self.casa = CASA(encoder.width, width, width)
         elif alignment == "casa_official":
             self.casa = OfficialCASA(width)
+        elif alignment == "multihead":
+            self.casa = MultiheadCASA(encoder.width, width, width)
+        elif alignment in ("nearest", "sinkhorn"):
+            self.casa = Nearest() if alignment == "nearest" else Sinkhorn()
         self.predict_pooled: nn.Module = Predictor(width) if predictor and not self.places else nn.Identity()
         self.predict_tokens: nn.Module = (
             Predictor(width) if predictor and alignment != "none" else nn.Identity()
@@ -167,11 +173,13 @@ class StudentBranch(Student):
         student_tokens, teacher_tokens, projected = None, None, None
 
         context = self.head(self.decoder.features(decoded)) if self.uses_context else None  # H, (B, N, D)
-        if self.pooled_from == "encoder" or self.alignment in ("casa_official", "direct"):
+        if self.pooled_from == "encoder" or self.alignment in _OF_PROJECTED:
             projected = self.head(encoded.tokens)  # phi(V), (B, N_visible, D)
         if self.casa is not None:
             assert context is not None
-            queries = encoded.tokens if projected is None or self.alignment == "casa" else projected
+            queries = (
+                projected if projected is not None and self.alignment in _OF_PROJECTED else encoded.tokens
+            )
             student_tokens = self.casa(queries, context)
             with torch.no_grad():
                 teacher_tokens = (teacher_casa or self.casa)(queries, target.tokens)
