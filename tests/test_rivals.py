@@ -1,4 +1,4 @@
-"""The rivals of Alice: their losses by hand, gradients, runs that go on, and encoders for stock networks."""
+"""Methods beside Alice and MAE: losses by hand, gradients, runs that go on, and encoders for stock networks."""
 
 import math
 import re
@@ -35,6 +35,8 @@ from custom.methods.rivals.simmim import Simmim, SimmimStudent, absolute_errors,
 from custom.methods.rivals.swin_unetr import PretextStudent, SwinUnetrPretext, simclr
 from custom.methods.rivals.two_views import ALIKE_STEPS
 from custom.methods.run_folder import load_run
+from custom.methods.sal.crop_group import CropGroup
+from custom.methods.sal.method import Sal, SalStudent
 from custom.methods.terms import centred_cross_entropy, info_nce, masked_mean, move_centre
 from custom.methods.views import MaskedBatch, Masking, TargetView
 from custom.processes import leave
@@ -53,11 +55,13 @@ MAKE = {
     ),
     "swin_unetr": lambda encoder: SwinUnetrPretext(PretextStudent(encoder, 32)),
     "ace": lambda encoder: Ace(AceStudent(encoder, (2, 2, 1), **HEAD), TargetView(rotation=0, zoom=0)),
+    "sal": lambda encoder: Sal(SalStudent(encoder, 24), view=TargetView(rotation=0, zoom=0)),
 }
 DRAWS = {
     "simmim": OneCrop,
     "swin_unetr": OneCrop,
     "ace": lambda store, crop: NestedPair(store, crop, zoom=(2, 2, 1)),
+    "sal": CropGroup,
 }
 MASKED = {"sim": ("crop_1",), "cmae": ("crop_1",), "ibot": ("crop_1", "crop_2")}
 PLANNED = ("sim", "cmae")

@@ -173,11 +173,27 @@ class Draws(Dataset):
         return torch.from_numpy(window(crop, low, high))[None]
 
 
-class TwoCrops(Draws):
+class InTurn(Draws):
+    """Draws whose patients take turns in random order.
+
+    A batch seldom holds a patient twice: only where one turn ends and the next begins.
+    """
+
+    _turn: tuple[tuple[int, tuple[str, ...]], np.ndarray] | None = None
+
+    def _draw_scan(self, index: int, without: tuple[str, ...] = ()) -> str:
+        patients, scans_of = self._scans(without)
+        turn, place = divmod(index, len(patients))
+        if self._turn is None or self._turn[0] != (turn, without):
+            self._turn = (turn, without), self._rng(turn, 3, without).permutation(len(patients))
+        scans = scans_of[patients[self._turn[1][place]]]
+        return scans[self._rng(index, 2, without).integers(len(scans))]
+
+
+class TwoCrops(InTurn):
     """Two crops of one scan, the second moved by a random shift (MoCo v3, DINO, iBOT, SIM, CMAE).
 
-    Patients take turns in random order, so that a batch seldom holds a patient twice: only where one turn ends and the
-    next begins. Another crop of the same patient would be a wrong negative.
+    Patients take turns: another crop of the same patient would be a wrong negative.
 
     Args:
         store: volumes on one grid.
@@ -211,19 +227,10 @@ class TwoCrops(Draws):
         self.max_shift, self.max_voxels = max_shift, max_voxels
         reach = np.floor(max_shift * self.crop_size).astype(int)
         self._reach = reach if max_voxels is None else np.minimum(reach, max_voxels)
-        self._turn: tuple[tuple[int, tuple[str, ...]], np.ndarray] | None = None
 
     def summary(self) -> dict[str, Any]:
         """Settings that make the sequence what it is, as plain values."""
         return super().summary() | {"max_shift": self.max_shift, "max_voxels": self.max_voxels}
-
-    def _draw_scan(self, index: int, without: tuple[str, ...] = ()) -> str:
-        patients, scans_of = self._scans(without)
-        turn, place = divmod(index, len(patients))
-        if self._turn is None or self._turn[0] != (turn, without):
-            self._turn = (turn, without), self._rng(turn, 3, without).permutation(len(patients))
-        scans = scans_of[patients[self._turn[1][place]]]
-        return scans[self._rng(index, 2, without).integers(len(scans))]
 
     def _item(self, index: int, without: tuple[str, ...]) -> dict[str, Any]:
         name, rng = self._draw_scan(index, without), self._rng(index, 0, without)

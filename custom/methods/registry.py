@@ -23,6 +23,7 @@ METHODS = {
     "cmae": "custom.methods.rivals.cmae",
     "swin_unetr": "custom.methods.rivals.swin_unetr",
     "ace": "custom.methods.ace.method",
+    "sal": "custom.methods.sal.method",
 }
 
 
