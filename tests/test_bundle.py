@@ -31,7 +31,9 @@ from custom.transfer.encoder_weights import load_encoder, read_weights
 
 BUNDLE = REPO / "bundles" / "alice_pretrain"
 CONFIGS = BUNDLE / "configs"
-RIVALS = [f"{name}.yaml" for name in ("simmim", "moco", "dino", "ibot", "sim", "cmae", "swin_unetr", "ace", "sal")]
+RIVALS = [
+    f"{name}.yaml" for name in ("simmim", "moco", "dino", "ibot", "sim", "cmae", "swin_unetr", "ace", "sal")
+]
 TINY = {
     "crop_size": "[32,32,16]", "spacing": "[3.0,3.0,4.0]", "network_def::hidden_size": 48, "network_def::mlp_dim": 96,
     "network_def::num_heads": 4, "decoder_width": 48, "student_def::head_width": 64, "iterations": 6,

@@ -344,12 +344,17 @@ def test_collapse_is_told(store, tmp_path, caplog):
 
 def test_alarms_are_about_what_was_measured():
     method = Sal(SalStudent(encoder(), 8))
-    healthy = {"sal/local_variance": 0.06, "sal/map_variance": 0.06}
+    method.loss.remember(torch.tensor([0.3, 0.06]))
+    method.loss.remember(torch.tensor([0.2, 0.2]))  # the first step's stay
+    healthy = {"sal/local_variance": 0.06, "sal/map_variance": 0.04}
     assert not method.alarms(healthy, {}) and not method.alarms({}, {})
     (told,) = method.alarms(healthy | {"sal/local_variance": 0.04}, {})
-    assert "embedded tokens become alike (sal/local_variance is 0.0400" in told
-    (told,) = method.alarms(healthy | {"sal/map_variance": 0.04}, {})
-    assert "encoder's tokens become alike" in told
+    assert "embedded tokens become alike (sal/local_variance is 0.0400, below 0.0500)" in told
+    (told,) = method.alarms(healthy | {"sal/map_variance": 0.02}, {})  # it was small in the untrained network
+    assert "encoder's tokens become alike (sal/map_variance is 0.0200, below 0.0300)" in told
+    again = Sal(SalStudent(encoder(), 8))
+    again.loss.load_state_dict(method.loss.state_dict())
+    assert again.alarms(healthy | {"sal/map_variance": 0.02}, {}) == [told]
     assert float(variance(torch.ones(2, 3, 4))) == pytest.approx(0, abs=1e-6)
     assert float(variance(E)) == pytest.approx(0.75)
 

@@ -5,6 +5,7 @@ What we know of the paper is its abstract page; what is ours is said in docs/met
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -18,9 +19,31 @@ from custom.engine.monitors import embedding_std
 from custom.errors import AliceError
 from custom.methods.rivals.two_views import AlikeAlarm, log_of
 from custom.methods.sal.losses import check_windows, global_term, local_term, variance
-from custom.processes import world_size
+from custom.processes import mean_over_processes, world_size
 
-LEAST_VARIANCE = 0.05  # below it a run warns (ours)
+LEAST_VARIANCE = 0.05  # below it, and below half of what it was untrained, a run warns (ours)
+
+
+class CollapseAlarm(AlikeAlarm):
+    """Remembers how far tokens differed in the untrained network, since in a deep one that may be little."""
+
+    untrained: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer(
+            "untrained", torch.zeros(2)
+        )  # of embedded tokens, of the encoder's; 0 before step 1
+
+    @torch.no_grad()
+    def remember(self, variances: Tensor) -> None:
+        """Keep the first step's variances (2,)."""
+        if self.training:
+            self.untrained.copy_(torch.where(self.untrained == 0, variances, self.untrained))
+
+    def least(self) -> list[float]:
+        """The variances below which a run warns."""
+        return (self.untrained / 2).clamp(max=LEAST_VARIANCE).tolist()
 
 
 class SalOutput(NamedTuple):
@@ -120,7 +143,7 @@ class Sal(Method):
                 "method::scan_view changes the geometry of all crops of a scan alike."
             )
         self.student: SalStudent = student
-        self.loss: AlikeAlarm = AlikeAlarm()
+        self.loss: CollapseAlarm = CollapseAlarm()
         self.windows, self.tau, self.gp_scale = tuple(windows), tau, gp_scale
         self.weight_la, self.weight_gp = weight_la, weight_gp
         self.view, self.scan_view = view, scan_view
@@ -159,6 +182,8 @@ class Sal(Method):
         found = global_term(output.whole, views.positions, views.threshold, self.tau)
         alike = log_of(len(views.crop) * world_size() - 1)
         self.loss.see(found.detach(), alike)
+        spread = torch.stack([variance(output.local), variance(output.tokens)])
+        self.loss.remember(mean_over_processes(spread))
         l_gp = self.gp_scale * found
         return {
             "l_la": l_la,
@@ -166,19 +191,20 @@ class Sal(Method):
             "total": self.weight_la * l_la + self.weight_gp * l_gp,
             "l_la/pairs": l_la.new_full((), len(views.pairs)),
             "l_gp/alike": l_la.new_full((), self.gp_scale * alike),
-            "sal/local_variance": variance(output.local),
-            "sal/map_variance": variance(output.tokens),
+            "sal/local_variance": spread[0],
+            "sal/map_variance": spread[1],
             "sal/spread": embedding_std(output.whole.detach()),
         }
 
     def alarms(self, latest: Mapping[str, float], untrained: Mapping[str, float]) -> list[str]:
         """Tokens that become alike, and vectors that are."""
         found = []
-        for name, whose in (("local_variance", "embedded tokens"), ("map_variance", "encoder's tokens")):
-            value = latest.get(f"sal/{name}")
-            if value is not None and value < LEAST_VARIANCE:
+        kinds = (("local_variance", "embedded tokens"), ("map_variance", "encoder's tokens"))
+        for (name, whose), least in zip(kinds, self.loss.least(), strict=True):
+            value = latest.get(f"sal/{name}", math.inf)
+            if value < least:
                 found.append(
-                    f"the {whose} become alike (sal/{name} is {value:.4f}, below {LEAST_VARIANCE}): "
+                    f"the {whose} become alike (sal/{name} is {value:.4f}, below {least:.4f}): "
                     "raise weight_gp or lower weight_la, or lower learning_rate."
                 )
         return found + self.loss.warnings()
