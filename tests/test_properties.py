@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_VIT
-from torch import nn
 
 from custom.encoders.masked_vit import MaskedViT
 from custom.encoders.tokens import token_encoder
@@ -17,7 +16,7 @@ CROP = (32, 48, 16)
 
 
 class Cubes:
-    """Two patients, each scan of one intensity a body: a stand-in for a store."""
+    """Scans of four patients, each filled with an intensity of its own: a stand-in for a store."""
 
     def __init__(self, number=8):
         self.names = [f"s{i}" for i in range(number)]
