@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_VIT
+from conftest import REPO, TINY_VIT
 from ignite.engine import Events
 
+from custom.bundles.preflight import check_files
 from custom.data.phantom.cohort import write_cohort
 from custom.data.store.build import build_store
 from custom.encoders.masked_vit import MaskedViT
@@ -26,12 +27,13 @@ from custom.methods.ace.lattice import (
     tokens_along,
 )
 from custom.methods.ace.losses import hits, least_bce, weighted_bce
-from custom.methods.ace.method import Ace, AceStudent
+from custom.methods.ace.method import Ace, AceOutput, AceStudent, AceTarget, AceViews
 from custom.methods.terms import centred_cross_entropy, move_centre
 from custom.methods.views import TargetView
 
 CROP = (32, 32, 16)
 CPU = torch.device("cpu")
+CONFIGS = REPO / "bundles" / "alice_pretrain" / "configs"
 
 
 def targets(large, small, cells, zoom=2, kernels=(3, 5)):
@@ -422,6 +424,58 @@ def test_each_head_acts_on_its_own_term(store):
     assert torch.equal(centre, method.loss.centre) and centre.any()
 
 
+def test_a_crop_is_compared_with_what_the_teacher_says_of_the_other_one():
+    method = Ace(student(), weight_local=0.0, weight_global=2.0)
+    method.loss.centre = torch.zeros(2)
+    labels = targets((0, 0, 0), (0, 0, 0), (2, 2, 1), zoom=(2, 2, 1))
+    views = AceViews(torch.zeros(2), torch.cat([labels.inside_small, labels.inside_large]), labels)
+    output = AceOutput(torch.zeros(1, 1, 3), torch.zeros(1, 16, 3), torch.tensor([[0.1, 0.0], [0.0, 0.0]]))
+    target = AceTarget(torch.zeros(2, 4, 3), torch.tensor([[0.0, 0.0], [0.04, 0.0]]), torch.zeros(2, 2))
+    terms = method.losses(output, views, target, 0)
+    expected = (0.582203 + math.log(2)) / 2  # the small crop against the teacher's large one, and back
+    assert float(terms["l_global"]) == pytest.approx(expected, abs=1e-6)
+    assert float(terms["total"]) == pytest.approx(2 * expected, abs=1e-6)
+
+
+def test_tokens_that_know_their_match_are_all_right():
+    labels = targets((0, 0, 0), (0, 0, 0), (4, 2, 1), zoom=(2, 2, 1), kernels=(1, 1))
+    views = AceViews(torch.zeros(2), torch.cat([labels.inside_small, labels.inside_large]), labels)
+    large = F.pad(labels.composition, (0, 30))  # 8 large tokens of 32 numbers; 2 lie in the small crop
+    output = AceOutput(torch.eye(2, 32)[None], torch.eye(32)[None], torch.zeros(2, 5))
+    target = AceTarget(torch.cat([labels.decomposition, large]), torch.zeros(2, 5), torch.zeros(2, 5))
+    method = Ace(student())
+    method.loss.centre = torch.zeros(5)
+    terms = method.losses(output, views, target, 0)
+    assert terms["l_comp/hits"] == 1 and terms["l_decomp/hits"] == 1
+    for term, label, alpha in (("l_comp", labels.composition, 0.9), ("l_decomp", labels.decomposition, 0.99)):
+        assert float(terms[term]) == pytest.approx(float(weighted_bce(label / 0.07, label, alpha)), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "read"),
+    [
+        ("train::dataset::zoom", "auto", ["auto"]),
+        ("train::dataset::zoom", "[2,auto,1]", [2, "auto", 1]),
+        ("train::dataset::zoom", "[2,2,1]", [2, 2, 1]),
+        ("method::kernels", "[3,5]", [3, 5]),
+        ("method::kernels", "auto", "auto"),
+    ],
+)
+def test_settings_are_read_as_they_are_written(key, written, read):
+    files = [str(CONFIGS / name) for name in ("train.yaml", "smoke.yaml", "ace.yaml")]
+    assert check_files(files, {key: written}) == {key: read}
+
+
+def test_the_notice_stands_where_the_method_is_offered():
+    pages = (CONFIGS / "ace.yaml", CONFIGS.parent / "docs" / "README.md", REPO / "docs" / "methods.md")
+    for page in pages:
+        text = " ".join(page.read_text(encoding="utf-8").replace("#", " ").split())
+        assert "its content is covered by patents pending; check with them before commercial use" in text, (
+            page
+        )
+        assert "independent implementation from the published description" in text, page
+
+
 def test_merging_and_splitting_are_the_students_alone():
     method = Ace(student())
     names = {name.split(".")[0] for name, _ in method.teacher.named_parameters()}
@@ -432,11 +486,13 @@ def test_merging_and_splitting_are_the_students_alone():
 def test_a_view_changes_the_two_crops_each_by_itself(store):
     method = Ace(student(), TargetView(rotation=0, zoom=0))
     batch = next(iter(sample_loader(NestedPair(store, CROP, zoom=(2, 2, 1)), 2, 1)))
-    crop = method.views(batch, CPU).crop
-    plain = torch.cat([batch["crop_small"], batch["crop_large"]])
-    factors = crop.flatten(1).std(dim=1) / plain.flatten(1).std(dim=1)
-    assert len({round(float(f), 4) for f in factors}) == 4
-    assert torch.equal(crop, method.views(batch, CPU).crop)
+    views = method.views(batch, CPU)
+    small, large = views.crop.chunk(2)
+    assert torch.equal(small, method.view(batch["crop_small"], batch["seed"]))
+    assert torch.equal(large, method.view(batch["crop_large"], batch["seed"] + 1))
+    assert (
+        views.inside[:2].all() and views.inside[2:].sum() == 2
+    )  # a small crop is one token of its large crop
 
 
 def test_every_weight_that_learns_gets_a_gradient(store):

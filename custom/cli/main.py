@@ -22,6 +22,7 @@ COMMANDS = {
     "estimate": "custom.cli.runs:estimate",
     "profile": "custom.cli.runs:profile",
     "probe": "custom.cli.runs:probe",
+    "properties": "custom.cli.runs:properties",
     "picture": "custom.cli.runs:picture",
     "report": "custom.cli.runs:report",
     "export": "custom.cli.weights:export",

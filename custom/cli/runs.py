@@ -81,6 +81,61 @@ def probe(
         write_text(json, to_json(content, indent=1) + "\n")
 
 
+def properties(
+    run: str,
+    store: str | None = None,
+    names: Sequence[str] | None = None,
+    boxes: int = 64,
+    batch: int = 32,
+    device: str = "cpu",
+    json: str | None = None,
+) -> None:
+    """Measure how well parts and wholes fit together in a run's frozen encoder, beside an untrained twin (ACE's protocols).
+
+    The columns: composition, the cosine of a crop's mean token with the mean of its eight octants'; mismatched, the same with
+    other patients' octants; decomposition, how often what a crop loses with a box is most like that box, among those of
+    a batch; retrieval, how often the whole crop is. Intervals are 95 % bootstrap intervals over patients.
+
+    Args:
+        run: the run's output_dir, or one of its checkpoints.
+        store: other than the one it was trained from.
+        names: scans to measure on; the run's held-back ones by default.
+        boxes: how many crops are cut, a multiple of batch.
+        batch: boxes among which the right one is looked for; chance is one in batch.
+        device: cpu or cuda.
+        json: also write the numbers to this file.
+    """
+    import torch
+
+    from custom.data.store.volume_store import VolumeStore
+    from custom.encoders.tokens import token_encoder
+    from custom.evaluation.properties import PartsProbe
+    from custom.files import write_text
+    from custom.methods.run_folder import load_run
+    from custom.transfer.encoder_weights import build_encoder
+
+    loaded = load_run(run)
+    volumes = VolumeStore(store or loaded.summary["store_dir"])
+    chosen = list(names or loaded.summary["held_back"])
+    options = {"crop_size": loaded.summary["crop_size"], "window_hu": loaded.summary["window_hu"]}
+    probe = PartsProbe(volumes, chosen, **options, boxes=boxes, batch=batch, device=device)
+    torch.manual_seed(loaded.summary["seed"])
+    untrained = token_encoder(build_encoder(loaded.summary)).to(device)
+    rows = {
+        "untrained": probe.measure(untrained),
+        f"step {loaded.iteration}": probe.measure(loaded.student.encoder.to(device)),
+    }
+    columns = ("composition", "mismatched", "decomposition", "retrieval")
+    print(f"{'':<18}" + "".join(f"{title:<24}" for title in columns))
+    for name, row in rows.items():
+        print(f"{name:<18}" + "".join(f"{_cell(row[key]):<24}" for key in columns))
+    print(f"{'chance':<18}{'':<48}" + f"{1 / batch:<24.3f}" * 2)
+    print(f"{boxes} crops of {len(chosen)} scans; the right box is looked for among {batch}.")
+    if json:
+        content = {name: {key: list(figure) for key, figure in row.items()} for name, row in rows.items()}
+        write_text(json, to_json(content, indent=1) + "\n")
+
+
 def _cell(figure: Sequence[float] | None) -> str:
     """A value and its interval, where there is one."""
     if figure is None:

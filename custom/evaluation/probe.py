@@ -137,7 +137,7 @@ def region_retrieval(
     for name in names:
         voxels = np.rint(to_voxels(store.affine(name), points[name])).astype(int)
         crops = [
-            _crop(store, name, voxel - np.array(crop_size) // 2, crop_size, window_hu) for voxel in voxels
+            crop_of(store, name, voxel - np.array(crop_size) // 2, crop_size, window_hu) for voxel in voxels
         ]
         vectors.append(features(torch.stack(crops).to(device)).mean(dim=1).float().cpu())
     stacked = torch.stack(vectors)  # (scans, R, C)
@@ -177,7 +177,7 @@ def token_table(
             continue
         centres = labelled[rng.integers(len(labelled), size=crops_per_scan)]
         starts = centres + rng.integers(-(size // 4), size // 4 + 1, size=(crops_per_scan, 3)) - size // 2
-        crops = torch.stack([_crop(store, name, start, crop_size, window_hu) for start in starts])
+        crops = torch.stack([crop_of(store, name, start, crop_size, window_hu) for start in starts])
         rows.append(features(crops.to(device)).flatten(0, 1).float().cpu().numpy())
         owners += [store.patient(name)] * len(rows[-1])
         for start in starts:
@@ -259,9 +259,10 @@ def _label_shares(label: np.ndarray, patch: Sequence[int]) -> np.ndarray:
     return shares
 
 
-def _crop(
+def crop_of(
     store: Volumes, name: str, start: np.ndarray, size: Sequence[int], window_hu: Sequence[float]
 ) -> Tensor:
+    """A crop (1, X, Y, Z) in [0, 1]; air outside of the volume."""
     low, high = window_hu
     ct = getattr(store, "profile", "ct") == "ct"
     crop = store.read_crop(name, [int(s) for s in start], size, fill=int(max(low, -1024)) if ct else int(low))
@@ -336,7 +337,7 @@ class EncoderProbe:
             return encoder(crops).tokens
 
         def read_crop(name: str, start: np.ndarray) -> Tensor:
-            return _crop(self.store, name, start, self.crop_size, self.window_hu)
+            return crop_of(self.store, name, start, self.crop_size, self.window_hu)
 
         found = region_retrieval(
             features, self.store, self.points, self.crop_size, self.window_hu, self.by, self.device

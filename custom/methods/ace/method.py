@@ -247,14 +247,9 @@ class Ace(Method):
         l_comp = weighted_bce(composed, labels.composition, self.alphas[0])
         l_decomp = weighted_bce(decomposed, labels.decomposition, self.alphas[1])
 
-        logits, taught, heats = (
-            output.logits.float(),
-            target.logits.float(),
-            (self.temperature, self.teacher_temperature),
-        )
-        crossed = taught.roll(
-            len(taught) // 2, dims=0
-        )  # the student's small against the teacher's large, and back
+        logits, taught = output.logits.float(), target.logits.float()
+        crossed = taught.roll(len(taught) // 2, dims=0)  # the small crop's against the large one's, and back
+        heats = self.temperature, self.teacher_temperature
         l_global = centred_cross_entropy(logits, crossed, self.loss.centre, *heats).mean()
         unsure = entropy(taught, self.loss.centre, self.teacher_temperature)
         if self.loss.training:
