@@ -233,10 +233,10 @@ def test_altered_damaged_missing_and_foreign_files_are_refused(saved, tmp_path):
 
 
 def test_nothing_but_tensors_is_ever_unpickled(tmp_path):
-    import argparse
+    import datetime
 
-    torch.save({"args": argparse.Namespace(x=1)}, tmp_path / "evil.pt")
-    with pytest.raises(WeightsError, match="not readable as weights"):
+    torch.save({"state_dict": {}, "when": datetime.date(2024, 5, 1)}, tmp_path / "evil.pt")
+    with pytest.raises(WeightsError, match="evil.pt holds more than weights: datetime.date.*are never run"):
         read_weights(tmp_path / "evil.pt")
 
 
@@ -291,7 +291,7 @@ def test_stock_swin_unetr_is_filled_whole_and_gives_the_same_five_maps(saved_swi
             {"downsample": "mergingv2"},
             r"downsample: 'merging' in the file, 'mergingv2' here: build the network with downsample='merging'",
         ),
-        ({"use_v2": True}, "use_v2: the network has residual convolutions"),
+        ({"use_v2": True}, "the network is Swin UNETR V2 and the file is not: build it with use_v2=False"),
         ({"depths": (2, 1, 2, 1)}, "missing: layers1.0.blocks.1.norm1.weight"),
         ({"num_heads": (1, 2, 3, 3)}, "shape: layers3.0.blocks.0.attn.relative_position_bias_table"),
         ({"in_channels": 2}, "pass adapt_channels=True"),

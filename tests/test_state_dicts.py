@@ -16,10 +16,11 @@ from custom.bundles.network import load_whole
 from custom.transfer.encoder_weights import WeightsError, load_encoder
 
 
+@pytest.mark.parametrize("file", ["state_dicts.py", "published.py"])
 @pytest.mark.parametrize("name", BUNDLES)
-def test_the_bundles_carry_the_same_rule(name):
-    copy = REPO / "bundles" / name / f"scripts_{name}" / "state_dicts.py"
-    assert copy.read_bytes() == (REPO / "custom" / "transfer" / "state_dicts.py").read_bytes()
+def test_the_bundles_carry_the_same_rule(name, file):
+    copy = REPO / "bundles" / name / f"scripts_{name}" / file
+    assert copy.read_bytes() == (REPO / "custom" / "transfer" / file).read_bytes()
 
 
 def before(prefix, state):
@@ -79,21 +80,21 @@ def test_wrapped_weights_are_refused_with_the_command_that_makes_them_fit(tmp_pa
     assert made.keys() == state.keys() and all(torch.equal(made[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("kind", ["DataParallel", "Lightning", "student", "whole network"])
-def test_an_encoder_is_found_in_other_files(tmp_path, network, kind):
+@pytest.mark.parametrize(
+    "kind", ["DataParallel", "torch.compile", "Lightning", "nested", "with a head", "whole network"]
+)
+def test_an_encoder_is_read_from_other_files(tmp_path, network, kind):
     wrap = (
         WRAPPED[kind][0] if kind in WRAPPED else lambda s: before("vit.", s) | {"out.weight": torch.rand(2)}
     )
-    path = str(tmp_path / "e.pt")
-    torch.save(wrap(network.vit.state_dict()), path)
+    path, state = str(tmp_path / "e.pt"), network.vit.state_dict()
+    torch.save(wrap(state), path)
     weights = parser_of("train").get_parsed_content("scripts").weights
-    (problem,) = weights.encoder_problems(network.vit, path, TINY["roi_size"])
-    assert "e.pt does not fit the encoder: " in problem and "Then it fits: " in problem
-    with pytest.raises(WeightsError, match="e.pt does not fit UNETR.*Then it fits: "):
-        load_encoder(network, path)
-    follow(problem, tmp_path)
-    assert weights.encoder_problems(network.vit, str(tmp_path / "e_plain.pt"), TINY["roi_size"]) == []
-    assert load_encoder(network, tmp_path / "e_plain.pt", verbose=False).loaded
+    assert weights.encoder_problems(network.vit, path, TINY["roi_size"]) == []
+    for fill in (lambda net: weights.with_encoder(net, net.vit, path), lambda net: load_encoder(net, path)):
+        other = parser_of("inference", **TINY).get_parsed_content("network_def")
+        fill(other)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in other.vit.state_dict().items())
 
 
 def test_safetensors_have_a_command_of_their_own(tmp_path, network):

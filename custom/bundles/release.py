@@ -98,7 +98,7 @@ def release_name(bundle: Path) -> str:
     return f"{bundle.name}_v{version}"
 
 
-def zip_bundle(bundle: Path) -> bytes:
+def zip_bundle(bundle: Path, own_code: bool = True) -> bytes:
     """One bundle as a zip: the same files give the same bytes on every machine.
 
     Members are stored, not deflated, since compressors differ between machines and weights hardly shrink. JSON configs
@@ -107,6 +107,7 @@ def zip_bundle(bundle: Path) -> bytes:
 
     Args:
         bundle: its folder; the zip holds one folder of that name.
+        own_code: put this package beside the configs that need it; an installed copy does without.
 
     Returns:
         The zip.
@@ -118,21 +119,21 @@ def zip_bundle(bundle: Path) -> bytes:
         raise AliceError(f"{bundle / 'models'}: no weights ({' or '.join(sorted(_WEIGHTS))}) to release.")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in sorted(_members(bundle).items()):
+        for name, content in sorted(_members(bundle, own_code).items()):
             info = zipfile.ZipInfo(f"{bundle.name}/{name}", _EPOCH)
             info.create_system, info.external_attr = 3, 0o100644 << 16  # a plain file, also from Windows
             archive.writestr(info, content if isinstance(content, bytes) else content.read_bytes())
     return buffer.getvalue()
 
 
-def _members(bundle: Path) -> dict[str, Path | bytes]:
+def _members(bundle: Path, own_code: bool = True) -> dict[str, Path | bytes]:
     """Name inside the bundle's folder -> file or content, of everything that is released."""
     members: dict[str, Path | bytes] = {}
     for part in [path for pattern in _PARTS for path in bundle.glob(pattern)]:
         for name, file in _files(part, bundle):
             if part.name != "models" or name.split("/")[1] in _MODELS:
                 members[name] = file
-    if needs_own_code(bundle):
+    if own_code and needs_own_code(bundle):
         members |= _files(REPO / "custom", REPO)
     return members | copies(bundle)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def embed(
     scans: str,
     out: str,
-    weights: str = "bundles/sam_landmarks/models/model.safetensors",
+    weights: str | None = None,
     device: str = "cpu",
     overwrite: bool = False,
     allow_profile: bool = False,
@@ -27,13 +27,14 @@ def embed(
     Args:
         scans: a store (of alice build), a folder of scans, or a datalist.
         out: folder to write.
-        weights: a .safetensors of ours, or the authors' SAM.pth.
+        weights: a .safetensors of ours, or the authors' SAM.pth; by default those of the bundle sam_landmarks.
         device: cpu or cuda.
         overwrite: replace what was made with other weights or from other voxels.
         allow_profile: embed a store of another profile than ct, which SAM was not trained on.
         bits: 4, 7 or 8 bits a number. By default 4 for the published network (128 numbers a vector), 7 for a compact
             one (32 numbers); files that are there already stay.
     """
+    from custom.bundles.shipped import shipped_sam
     from custom.data.remote import is_url
     from custom.data.store.volume_store import VolumeStore
     from custom.files import sha256_of_file
@@ -41,6 +42,7 @@ def embed(
     from custom.landmarks.sam.weights import load_sam_weights, read_sam_metadata
     from custom.transfer.official import load_sam
 
+    weights = weights or shipped_sam()
     ours = weights.endswith(".safetensors")
     network = (load_sam_weights(weights) if ours else load_sam(weights)).to(device)
     threshold = read_sam_metadata(weights).get("threshold") if ours else None
@@ -148,7 +150,7 @@ def check_alignment(
     landmarks: str | None = None,
     names: Sequence[str] | None = None,
     warps: int = 0,
-    weights: str = "bundles/sam_landmarks/models/model.safetensors",
+    weights: str | None = None,
 ) -> None:
     """Measure aligners on a store, and write a page with pictures: label transfer, centroids, cycle error, and the true error where it is known.
 
@@ -165,8 +167,9 @@ def check_alignment(
         names: scans to draw from.
         warps: so many of the scans are deformed by a known smooth map too, and each aligner has to find the way back:
             a truth that needs no label.
-        weights: of SAM, to embed the deformed scans; those of ``embeddings``.
+        weights: of SAM, to embed the deformed scans; those of ``embeddings``. By default of the bundle sam_landmarks.
     """
+    from custom.bundles.shipped import shipped_sam
     from custom.data.store.volume_store import VolumeStore
     from custom.landmarks.aligners.make import make_aligner
     from custom.landmarks.aligners.protocol import Aligner
@@ -176,7 +179,7 @@ def check_alignment(
     from custom.landmarks.quality.page import table_cells
     from custom.landmarks.sam.weights import read_sam_metadata
 
-    volumes = VolumeStore(store)
+    volumes, weights = VolumeStore(store), weights or (shipped_sam() if warps else "")
     asked = dict.fromkeys([*(("sam", "sam_nearest") if embeddings else ()), *_words(aligners)])
     names = _words(names) if names is not None else None
 

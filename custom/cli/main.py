@@ -26,6 +26,8 @@ COMMANDS = {
     "picture": "custom.cli.runs:picture",
     "report": "custom.cli.runs:report",
     "export": "custom.cli.weights:export",
+    "convert": "custom.cli.weights:convert",
+    "bundle": "custom.cli.bundles:bundle",
     "datalist": "custom.cli.scores:datalist",
     "score": "custom.cli.scores:score",
     "compare": "custom.cli.scores:compare",

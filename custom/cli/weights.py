@@ -1,4 +1,4 @@
-"""Commands about weights: export."""
+"""Commands about weights: export and convert."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ def export(
     config: Sequence[str] = (),
     tolerance: float | None = None,
     img_size: Sequence[int] | None = None,
+    format: str | None = None,
+    license: str | None = None,
+    data: str | None = None,
 ) -> None:
     """Write a run's encoder for stock MONAI networks, or a bundle's network as TorchScript, ONNX or OpenVINO.
 
@@ -34,6 +37,9 @@ def export(
         weights: other than the bundle's models/model.pt.
         config: files on top of the bundle's inference config, as swin_unetr.yaml.
         tolerance: largest difference to the original network, over its largest output; 1e-3, or 1e-2 with half.
+        format: hf, with --to a folder: model.safetensors, config.json and a model card, as the Hugging Face hub has them.
+        license: of the weights, for their record and the card.
+        data: what they were trained on, in words, for their record and the card.
         img_size: of the encoder: crops of fine-tuning, "[96,96,96]"; its position table is interpolated to them, as
             ``pretrained`` of the segmentation bundles needs it.
     """
@@ -41,6 +47,7 @@ def export(
     from custom.bundles import network as bundle_network
 
     folder = Path(run)
+    _check_format(format, to)
     if to not in deploy.SUFFIXES:
         if bundle_network.is_bundle(folder):
             raise AliceError(f"{run}: is a bundle; export it with --to torchscript, onnx or openvino.")
@@ -48,8 +55,11 @@ def export(
             raise AliceError(
                 f"-o, --weights, --config and --tolerance go with --to torchscript, onnx or openvino, not {to!r}."
             )
-        _export_encoder(run, to, half, img_size)
+        told = {key: value for key, value in (("license", license), ("data", data)) if value is not None}
+        _export_encoder(run, to, half, img_size, told, format == "hf")
         return
+    if license or data:
+        raise AliceError("--license and --data go with an encoder's weights, not with a whole network.")
     if img_size is not None:
         raise AliceError("--img_size goes with an encoder's weights (--to encoder.pt), which have positions.")
     if bundle_network.is_bundle(folder):
@@ -67,20 +77,108 @@ def export(
     print(f"{path}: {found}; weights sha256 {network.metadata['sha256'][:16]}...")
 
 
-def _export_encoder(run: str, to: str, half: bool, img_size: Sequence[int] | None) -> None:
+def _check_format(format: str | None, to: str) -> None:
+    from custom.bundles import deploy
+
+    if format not in (None, "hf"):
+        raise AliceError(
+            f"--format {format}: is not known; hf writes a folder, without it --to names a file."
+        )
+    if format == "hf" and (to in deploy.SUFFIXES or Path(to).suffix in (".safetensors", ".pt")):
+        raise AliceError(f"--to {to}: --format hf writes a folder; name one, such as --to my_encoder.")
+
+
+def _export_encoder(
+    run: str, to: str, half: bool, img_size: Sequence[int] | None, told: dict[str, Any], as_folder: bool
+) -> None:
     """The online encoder's weights, ready for ``load_encoder``."""
+    from custom.engine.run_log import read_log
     from custom.methods.run_folder import load_run
     from custom.transfer.encoder_weights import resize_encoder, save_encoder
+    from custom.transfer.hub import save_folder
 
     loaded = load_run(run)
-    encoder, about = loaded.student.encoder.encoder, _shareable(loaded)
+    encoder, about = loaded.student.encoder.encoder, _shareable(loaded) | told
     if img_size is not None:
         encoder = resize_encoder(encoder, about["network"], img_size)
         about |= {"network": about["network"] | {"img_size": list(img_size)}}
-    written = save_encoder(to, encoder, about, half)
+    if as_folder:
+        log = read_log(loaded.folder if loaded.folder.is_dir() else loaded.folder.parents[1])
+        written = save_folder(to, encoder, about, probe=_probe_of(log, loaded.iteration), half=half)
+    else:
+        written = save_encoder(to, encoder, about, half)
     print(
         f"{to}: {written['network_type']} after {loaded.iteration} iterations, sha256 {written['sha256'][:16]}..."
     )
+
+
+def _probe_of(log: Sequence[dict[str, Any]], iteration: int) -> dict[str, float]:
+    """A run's first probe, and the newest one that is no younger than its checkpoint: figure and step -> value."""
+    told = [
+        {
+            f"{k.removeprefix('probe/')}, step {line['step']}": float(v)
+            for k, v in line.items()
+            if k.startswith("probe/")
+        }
+        for line in log
+        if line.get("step", iteration + 1) <= iteration
+    ]
+    told = [figures for figures in told if figures]
+    return told[0] | told[-1] if told else {}
+
+
+def convert(
+    file: str,
+    to: str = "encoder.safetensors",
+    which: str = "",
+    drop_class_token: bool = False,
+    num_heads: int | None = None,
+    trained_size: Sequence[int] | None = None,
+    img_size: Sequence[int] | None = None,
+    half: bool = False,
+    spacing: Sequence[float] | None = None,
+    window_hu: Sequence[float] | None = None,
+    license: str | None = None,
+    format: str | None = None,
+) -> None:
+    """Write the encoder of a published checkpoint as a file of ours: all of it, or the reason why not.
+
+    Args:
+        file: of torch.save or safetensors; docs/checkpoints.md lists the layouts that are known.
+        to: a .safetensors, or a .pt with a .json beside it.
+        which: student or teacher, or another key or prefix, if the file holds several encoders.
+        drop_class_token: leave out the class token of a transformer trained with one; its features then differ.
+        num_heads: of a plain transformer, whose tensors do not show it; by default one for 64 channels.
+        trained_size: voxels of the crops that a plain transformer was trained on, "[96,96,96]"; by default a cube.
+        img_size: crops of fine-tuning, to which a plain transformer's position table is interpolated.
+        half: store float16.
+        spacing: millimetres that the authors trained on, for the file's record.
+        window_hu: stored values that were 0 and 1 in training, for the file's record.
+        license: of the weights, for the file's record.
+        format: hf, with --to a folder, as of alice export.
+    """
+    from custom.transfer.convert import convert as read
+    from custom.transfer.encoder_weights import resize_encoder, save_encoder
+    from custom.transfer.hub import save_folder
+
+    _check_format(format, to)
+    found = read(
+        file, which=which, drop_class_token=drop_class_token, num_heads=num_heads, trained_size=trained_size
+    )
+    encoder, about = found.encoder, found.metadata
+    if img_size is not None:
+        encoder = resize_encoder(encoder, about["network"], img_size)
+        about |= {"network": about["network"] | {"img_size": list(img_size)}}
+    told = {"spacing": spacing, "window_hu": window_hu, "license": license}
+    about |= {key: value for key, value in told.items() if value is not None}
+    if format == "hf":
+        written = save_folder(to, encoder, about, half=half)
+    else:
+        written = save_encoder(to, encoder, about, half)
+    print(found.report)
+    for note in found.assumed:
+        print(f"assumed: {note}")
+    print(f"{to}: {written['network_type']}, sha256 {written['sha256'][:16]}...")
 
 
 def _run_network(run: str) -> Deployable:

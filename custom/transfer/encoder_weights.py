@@ -25,26 +25,27 @@ from custom.encoders.positions import resize_positions
 from custom.errors import AliceError
 from custom.files import parse_json, read_json, read_torch, replacing, write_text
 from custom.landmarks.sam.weights import sha256_of
-from custom.transfer.state_dicts import told_keys, way_out
+from custom.transfer.published import (
+    CONV,
+    NotRead,
+    class_token_refusal,
+    find_encoder,
+    misfit_hint,
+    other_index,
+    plain_values,
+    told_pickled,
+)
+from custom.transfer.state_dicts import is_state, told_keys
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "alice-encoder-1"
 _POSITIONS = ("patch_embedding.position_embeddings", "position_table")  # MONAI's ViT, our nnFormer
-_FIRST_LAYERS = ("patch_embedding.patch_embeddings.weight", "patch_embed.proj.weight")
-_CONV, _LINEAR = "patch_embedding.patch_embeddings.weight", "patch_embedding.patch_embeddings.1.weight"
+_FIRST_LAYERS = (CONV, "patch_embed.proj.weight")
 
 
 class WeightsError(AliceError):
     """Weights that do not fit, or a file that cannot be read; the message names every tensor or the file."""
-
-
-class Wrapped(WeightsError):
-    """A file whose tensors, if it has any, lie deeper than those of an encoder's file do; ``content`` is all of it."""
-
-    def __init__(self, message: str, content: Any) -> None:
-        super().__init__(message)
-        self.content = content
 
 
 @dataclass
@@ -53,6 +54,7 @@ class LoadReport:
 
     path: str
     network: str
+    place: str = ""  # where in the file the encoder lay, and what beside it was left out; "" for a plain file
     wanted: int = 0  # tensors of the network's encoder
     loaded: list[str] = field(default_factory=list)
     adapted: dict[str, str] = field(default_factory=dict)  # tensor -> how it was changed
@@ -74,6 +76,7 @@ class LoadReport:
         )
         rows = [
             ("file", self.path),
+            *([("taken from", self.place)] if self.place else []),
             ("network", self.network),
             (
                 "encoder tensors filled",
@@ -118,7 +121,7 @@ def save_encoder(
     failures = (OSError, RuntimeError, SafetensorError)  # torch reports a full disk as RuntimeError
     with replacing(path, sync=True, error=WeightsError, failures=failures) as draft:
         if path.suffix == ".safetensors":
-            save_file(state, draft, metadata={"alice": json.dumps(metadata)})
+            save_file(state, draft, metadata={"format": "pt", "alice": json.dumps(metadata)})
         else:
             with open(draft, "wb") as file:
                 torch.save(state, file)
@@ -132,34 +135,57 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         WeightsError: if the file is missing, damaged, altered, or of another kind.
     """
+    content, metadata = read_content(path)
+    if not is_state(content):
+        kind = (
+            "a training checkpoint: use alice export RUN"
+            if isinstance(content, dict) and "student" in content
+            else "something other than a state dict"
+        )
+        raise WeightsError(f"{path}: holds {kind}, not encoder weights; {told_keys(content)}.")
+    return content, metadata
+
+
+def read_content(path: str | Path) -> tuple[Any, dict[str, Any]]:
+    """What a file of weights holds, with the metadata if ``save_encoder`` wrote it. No object of the file is run.
+
+    Raises:
+        WeightsError: if the file is missing, damaged, altered, or holds objects.
+    """
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: no such file. Make it with: alice export RUN --to {path.name}")
     metadata: dict[str, Any] = {}
+    content: Any
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 text = (file.metadata() or {}).get("alice", "{}")
                 metadata = parse_json(text, path, error=WeightsError)
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+                content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         else:
-            state = read_torch(path, error=WeightsError)
+            content = _read_torch(path)
             if (beside := path.with_suffix(".json")).is_file():
-                metadata = read_json(beside, error=WeightsError, advice="Export the weights again.")
+                told = read_json(beside, error=WeightsError, advice="Export the weights again.")
+                # published checkpoints may have a JSON of their authors beside them
+                metadata = told if isinstance(told, dict) and told.get("format") == FORMAT else {}
     except (SafetensorError, OSError) as error:
         raise WeightsError(
             f"{path}: not readable as weights ({(str(error) or type(error).__name__).splitlines()[0]})."
         ) from error
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        kind = (
-            "a training checkpoint: use alice export RUN"
-            if isinstance(state, dict) and "student" in state
-            else "something other than a state dict"
-        )
-        raise Wrapped(f"{path}: holds {kind}, not encoder weights; {told_keys(state)}.", state)
-    if "sha256" in metadata and sha256_of(state) != metadata["sha256"]:
+    if "sha256" in metadata and is_state(content) and sha256_of(content) != metadata["sha256"]:
         raise WeightsError(f"{path}: the weights differ from their checksum. Copy or export the file again.")
-    return state, metadata
+    return content, metadata
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        with plain_values():
+            return read_torch(path, error=WeightsError)
+    except WeightsError as error:
+        if error.__cause__ and (told := told_pickled(path, error.__cause__)):
+            raise WeightsError(f"{path} {told}") from error
+        raise
 
 
 def load_encoder(
@@ -169,17 +195,25 @@ def load_encoder(
     interpolate_positions: bool = False,
     adapt_channels: bool = False,
     grid: Sequence[int] | None = None,
+    which: str = "",
+    drop_class_token: bool = False,
     verbose: bool = False,
 ) -> LoadReport:
     """Fill every tensor of a network's encoder from a file; on any misfit raise an error and change nothing.
 
+    The file is one of ``alice export``, or a published checkpoint: the encoder is found below ``state_dict``, ``net``,
+    ``module.``, ``swinViT.`` and the like, and its tensors get the network's names (``docs/checkpoints.md``).
+
     Args:
         network: stock ``UNETR``, ``ViT``, ``ViTAutoEnc``, ``SwinUNETR`` or ``SwinTransformer``; or
             ``NNFormer``.
-        path: file of ``alice export``.
+        path: of the file.
         interpolate_positions: resize the position table if the network has another token grid.
         adapt_channels: repeat the first layer over more input channels, divided by their number.
         grid: the network's tokens along x, y, z, for a network that does not know them itself (stock ViT).
+        which: ``student`` or ``teacher``, or another key or prefix, for a file that holds several encoders.
+        drop_class_token: leave out the class token of a transformer that was trained with one, for a network that has
+            none. Its features then differ from those of the network that was trained.
         verbose: print the report.
 
     Returns:
@@ -190,16 +224,26 @@ def load_encoder(
     """
     encoder, own_grid = _encoder_of(network)
     wanted = _encoder_tensors(network, encoder)
+    content, metadata = read_content(path)
+    kind = type(network).__name__
+    report = LoadReport(str(path), kind, metadata=metadata)
     try:
-        state, metadata = read_weights(path)
-    except Wrapped as error:
-        if way := _way_out(path, error.content, wanted):
-            raise WeightsError(f"{path} does not fit {type(network).__name__}: {way}.") from error
-        raise
-    report = LoadReport(str(path), type(network).__name__, metadata=metadata)
-
-    state, wanted = _without_unused(state, wanted, report)
-    _swap_embedding_layout(state, wanted, report)
+        found = find_encoder(content, _shapes(wanted), which)
+    except NotRead as error:
+        raise WeightsError(f"{path} does not fit {kind}; nothing was loaded: {error}.") from error
+    state = found.state
+    report.place, report.adapted = found.told(), dict(found.changed)
+    report.unused = sorted({*found.unused, *(k for k in wanted if "cross_attn" in k)})
+    wanted = {k: v for k, v in wanted.items() if "cross_attn" not in k}
+    if found.class_token is not None:
+        if "cls_token" in encoder.state_dict():
+            wanted["cls_token"], state["cls_token"] = encoder.state_dict()["cls_token"], found.class_token
+        elif drop_class_token:
+            report.adapted["cls_token"] = (
+                "left out: features differ from those of the network that was trained"
+            )
+        else:
+            raise WeightsError(f"{path}: nothing was loaded: {class_token_refusal(kind)}.")
 
     def positions(table: Tensor, here: Tensor) -> tuple[Tensor | None, str]:
         return _fit_positions(table, here, metadata, grid or own_grid, interpolate_positions)
@@ -221,11 +265,13 @@ def load_encoder(
         if how:
             report.adapted[name] = how
         filled[name] = fitted
+    if (index := other_index(encoder, found)) and not faults:
+        faults.append(index)
     if faults:
-        if way := _way_out(path, state, wanted):
-            raise WeightsError(f"{path} does not fit {type(network).__name__}; nothing was loaded: {way}.")
+        hint = misfit_hint(found, _shapes(wanted))
+        head = "".join(f"\n  {told}" for told in (hint, found.told()) if told)
         listed = "\n  ".join(faults)
-        raise WeightsError(f"{path} does not fit {type(network).__name__}; nothing was loaded:\n  {listed}")
+        raise WeightsError(f"{path} does not fit {kind}; nothing was loaded:{head}\n  {listed}")
     with torch.no_grad():
         for name, tensor in filled.items():
             wanted[name].copy_(tensor)
@@ -235,9 +281,8 @@ def load_encoder(
     return report
 
 
-def _way_out(path: str | Path, content: Any, wanted: dict[str, Tensor]) -> str:
-    used = {name: list(tensor.shape) for name, tensor in wanted.items() if "cross_attn" not in name}
-    return way_out(str(path), content, used)
+def _shapes(state: dict[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in state.items()}
 
 
 def build_encoder(metadata: dict[str, Any]) -> nn.Module:
@@ -250,6 +295,7 @@ def build_encoder(metadata: dict[str, Any]) -> nn.Module:
         "MaskedViT": MaskedViT,
         "MaskedSwin": MaskedSwin,
         "NNFormer": NNFormer,
+        "SwinTransformer": SwinTransformer,
     }
     if metadata.get("network_type") not in kinds:
         raise WeightsError(
@@ -313,9 +359,6 @@ def _unlike_settings(network: nn.Module, settings: dict[str, Any]) -> list[str]:
         if there != here:
             fix = f"build the network with downsample={there!r}"
             faults.append(f"downsample: {there!r} in the file, {here!r} here: {fix}")
-        if getattr(swin, "use_v2", False):
-            fix = "build it with use_v2=False"
-            faults.append(f"use_v2: the network has residual convolutions that the encoder lacks: {fix}")
     vit = network.vit if isinstance(network, UNETR) else network
     if isinstance(vit, (ViT, ViTAutoEnc)):
         here = vit.blocks[0].attn.num_heads
@@ -346,38 +389,13 @@ def _encoder_tensors(network: nn.Module, encoder: nn.Module) -> dict[str, Tensor
     return {k: v for k, v in encoder.state_dict().items() if not k.startswith((*decoder, *classifier))}
 
 
-def _without_unused(
-    state: dict[str, Tensor], wanted: dict[str, Tensor], report: LoadReport
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Leave out cross-attention tensors: only some versions of MONAI have them, and a plain ViT never uses them."""
-    report.unused = sorted({k for k in (*state, *wanted) if "cross_attn" in k})
-    return ({k: v for k, v in d.items() if "cross_attn" not in k} for d in (state, wanted))  # type: ignore[return-value]
-
-
-def _swap_embedding_layout(state: dict[str, Tensor], wanted: dict[str, Tensor], report: LoadReport) -> None:
-    """A convolution with stride = kernel and MONAI's ``perceptron`` hold the same numbers in another order."""
-    bias = ".bias"
-    if _CONV in state and _LINEAR in wanted:
-        kernel = state.pop(_CONV)
-        state[_LINEAR] = kernel.permute(0, 2, 3, 4, 1).flatten(1)
-        state[_LINEAR.replace(".weight", bias)] = state.pop(_CONV.replace(".weight", bias))
-        report.adapted[_LINEAR] = "convolution written as MONAI's perceptron (exact)"
-    elif _LINEAR in state and _CONV in wanted:
-        channels, *patch = wanted[_CONV].shape[1:]
-        matrix = state.pop(_LINEAR)
-        if matrix.shape[1] == channels * patch[0] * patch[1] * patch[2]:
-            matrix = matrix.view(-1, *patch, channels).permute(0, 4, 1, 2, 3)
-        state[_CONV] = matrix
-        state[_CONV.replace(".weight", bias)] = state.pop(_LINEAR.replace(".weight", bias))
-        report.adapted[_CONV] = "perceptron written as a convolution (exact)"
-
-
 def _fit_positions(
     table: Tensor, wanted: Tensor, metadata: dict[str, Any], grid: Sequence[int] | None, allowed: bool
 ) -> tuple[Tensor | None, str]:
     settings = metadata.get("network", {})
     if "img_size" not in settings:
-        return table, ""
+        same = table.shape == wanted.shape
+        return table, "" if same else " (alice convert FILE --img_size interpolates a table for other crops)"
     from_grid = [s // p for s, p in zip(settings["img_size"], settings["patch_size"], strict=True)]
     if grid is None:
         same = table.shape == wanted.shape

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import pickle
 import re
-import shlex
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -23,6 +18,7 @@ from custom.encoders.nnformer import NNFormer, PositionEmbedding
 from custom.errors import AliceError
 from custom.files import sha256_of_file
 from custom.landmarks.sam.network import SAM
+from custom.transfer.published import plain_values, told_pickled
 
 logger = logging.getLogger(__name__)
 
@@ -220,10 +216,10 @@ def read_alice_nnformer(path: str | PathLike[str], *, network: Role = "student")
 
 
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, object]:
-    """Read the dictionary of a checkpoint, tensors on the CPU; unpickles no class but ``argparse.Namespace``.
+    """Read the dictionary of a checkpoint, tensors on the CPU; and run no object of the file.
 
-    A Namespace only carries values and runs no code; the authors' training files hold their command line in
-    one.
+    ``argparse.Namespace`` and numpy's numbers carry values only, and are read; the authors' training files hold their
+    command line in a Namespace.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -233,19 +229,13 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, object]:
     if not file.is_file():
         raise FileNotFoundError(f"There is no checkpoint file {path}.")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's warnings about files that it then refuses
+        with plain_values():
             content = torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # a damaged file can cause nearly any exception in torch
-        blocked = _blocked_classes(file, error)
-        if blocked:
-            raise AliceError(
-                f"{path} holds more than weights: {', '.join(blocked)}. Loading them would run code "
-                "from the file, so it is refused. If you trust the file, save only its weights with this command, and "
-                "load weights.pth:\n  " + _resave_command(path)
-            ) from error
+        if told := told_pickled(path, error):
+            raise AliceError(f"{path} {told}") from error
         raise AliceError(
             f"{path} is not a checkpoint that torch can read; it may be truncated, or of another kind "
             f"({file.stat().st_size} bytes). Fetch it again."
@@ -253,25 +243,6 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, object]:
     if not isinstance(content, Mapping):
         raise AliceError(f"{path} holds a {type(content).__name__}, not a checkpoint's dictionary.")
     return {str(key): value for key, value in content.items()}
-
-
-def _blocked_classes(file: Path, error: Exception) -> list[str]:
-    """The names of the classes for which torch refused a file; empty if it refused for another reason."""
-    if not isinstance(error, pickle.UnpicklingError):
-        return []
-    names = set(re.findall(r"GLOBAL ([\w.]+)", str(error)))
-    with suppress(Exception):  # reads only the zip format; the message names at least the first class
-        names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))
-    return sorted(names - {"argparse.Namespace"})
-
-
-def _resave_command(path: object) -> str:
-    code = (
-        f'import torch; c = torch.load({json.dumps(str(path))}, map_location="cpu", weights_only=False); '
-        'w = {k: c[k] for k in ("state_dict", "model", "student", "teacher") if k in c} or c; '
-        'torch.save(w, "weights.pth")'
-    )
-    return f"python -c {shlex.quote(code)}"
 
 
 def _unwrap(content: dict[str, object], wrappers: Iterable[str]) -> dict[str, object]:

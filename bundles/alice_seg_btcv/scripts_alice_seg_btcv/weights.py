@@ -12,6 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .published import (
+    Found,
+    NotRead,
+    class_token_refusal,
+    find_encoder,
+    misfit_hint,
+    other_index,
+    plain_values,
+    told_pickled,
+)
 from .state_dicts import is_state, told_keys, way_out
 
 logger = logging.getLogger(__name__)
@@ -39,7 +49,8 @@ def _read(path: str) -> Any:
         from safetensors.torch import load_file  # segmenting with model.pt does without this package
 
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with plain_values():
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def fitting(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,7 +116,8 @@ def encoder_problems(encoder: nn.Module, pretrained: str | None, roi_size: Seque
 
     Args:
         encoder: part of the network that ``pretrained`` fills.
-        pretrained: path of what ``alice export`` wrote; None for none.
+        pretrained: path of what ``alice export`` wrote, or of a published checkpoint that holds such an encoder
+            (docs/checkpoints.md of the project); None for none.
         roi_size: voxels of a crop along x, y, z.
 
     Returns:
@@ -121,13 +133,21 @@ def encoder_problems(encoder: nn.Module, pretrained: str | None, roi_size: Seque
             f"pretrained: {path} is damaged or cut short, or neither of alice export nor of torch.save; export or "
             "download it again."
         ]
-    misfit = misfit_of(encoder, path) or _other_heads(encoder, path)
+    try:
+        state = _encoder_state(encoder, path)[0]
+    except ValueError as error:
+        misfit = str(error)
+    else:
+        misfit = differences(encoder, state) or _other_heads(encoder, path)
     if not misfit:
         return []
     way = ""
     if "position_embeddings is [" in misfit:
         size = str(list(roi_size)).replace(" ", "")
-        way = f" For a crop of another size: alice export RUN --to FILE --img_size {size}."
+        way = (
+            f" For a crop of another size: alice export RUN --to FILE --img_size {size}, or for a published "
+            f"checkpoint alice convert {path} --to FILE --img_size {size}."
+        )
     return [f"pretrained: {path} does not fit the encoder: {misfit}.{way}"]
 
 
@@ -135,18 +155,40 @@ def with_encoder(network: nn.Module, encoder: nn.Module, pretrained: str | None)
     """The network, its encoder filled from ``pretrained`` (every tensor), if that is given.
 
     Raises:
+        NotRead: if the file holds no such encoder, or several.
         RuntimeError: if a tensor is missing, extra or of another shape.
     """
     if pretrained:
-        encoder.load_state_dict(fitting(encoder, read_state(str(pretrained))), strict=True)
+        encoder.load_state_dict(_encoder_state(encoder, str(pretrained))[0], strict=True)
     return network
+
+
+def _encoder_state(encoder: nn.Module, path: str) -> tuple[dict[str, Tensor], Found]:
+    """An encoder's tensors in a file as the encoder takes them, complete or not; and where they were found."""
+    try:
+        content = _read(path)
+    except (
+        Exception
+    ) as error:  # a file of pickled objects, or a damaged one, makes torch raise almost anything
+        raise NotRead(told_pickled(path, error) or _unreadable(error)) from error
+    shapes = {name: list(tensor.shape) for name, tensor in encoder.state_dict().items()}
+    found = find_encoder(content, shapes)
+    if found.class_token is not None:
+        raise NotRead(class_token_refusal(type(encoder).__name__))
+    state = fitting(encoder, found.state)
+    if differences(encoder, state) and (hint := misfit_hint(found, shapes)):
+        raise NotRead(hint)
+    if index := other_index(encoder, found):
+        raise NotRead(index)
+    return state, found
 
 
 def told_start(encoder: nn.Module, pretrained: str | None) -> str:
     """Where training starts, in words."""
     if not pretrained:
         return "encoder: from scratch (pretrained is not set)"
-    return f"encoder: {len(encoder.state_dict())} tensors from {pretrained}"
+    told = _encoder_state(encoder, str(pretrained))[1].told()
+    return f"encoder: {len(encoder.state_dict())} tensors from {pretrained}{f' ({told})' if told else ''}"
 
 
 def misfit_of(network: nn.Module, path: str) -> str:
@@ -160,16 +202,24 @@ def misfit_of(network: nn.Module, path: str) -> str:
     except (
         Exception
     ) as error:  # a file of pickled objects, or a damaged one, makes torch raise almost anything
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        return f"it holds more than tensors, or is damaged ({told[0][:200]}); save network.state_dict() alone"
+        return _unreadable(error)
     fits = fitting(network, state) if is_state(state) else {}
-    have = {name: list(tensor.shape) for name, tensor in fits.items()}
-    if have == want or not want:
-        return "" if have or is_state(state) else told_keys(state)
-    if way := way_out(path, content, want):
-        return way
-    if not have:
-        return told_keys(state)
+    if not want:
+        return "" if is_state(state) else told_keys(state)
+    if not (misfit := differences(network, fits)):
+        return ""
+    return way_out(path, content, want) or (misfit if fits else told_keys(state))
+
+
+def _unreadable(error: Exception) -> str:
+    told = str(error).strip().splitlines() or [type(error).__name__]
+    return f"it holds more than tensors, or is damaged ({told[0][:200]}); save network.state_dict() alone"
+
+
+def differences(network: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """The first three names in which a state dict and a network differ; "" if they agree in names and shapes."""
+    want = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    have = {name: list(tensor.shape) for name, tensor in state.items()}
     faults = [
         f"{name} is {have.get(name, 'missing')}, not {want.get(name, 'known')}"
         for name in {**want, **have}
@@ -210,7 +260,10 @@ def _other_heads(encoder: nn.Module, path: str) -> str:
     elif os.path.isfile(beside := path[:-3] + ".json"):
         with open(beside, encoding="utf-8") as file:
             told = file.read()
-    heads = json.loads(told).get("network", {}).get("num_heads")
+    about = json.loads(told)
+    if not isinstance(about, dict) or not str(about.get("format", "")).startswith("alice-encoder"):
+        return ""  # a JSON of the authors of a published checkpoint
+    heads = about.get("network", {}).get("num_heads")
     counts = (getattr(module, "num_heads", None) for module in encoder.modules())
     own = next((count for count in counts if isinstance(count, int)), None)
     return f"num_heads is {heads!r}, not {own!r}" if isinstance(heads, int) and heads != own else ""

@@ -27,6 +27,7 @@ from . import (
     locks,
     losses,
     progress,
+    published,
     refusals,
     resume,
     scans,
@@ -39,8 +40,8 @@ from . import (
 
 __all__ = [
     "agreement", "averaging", "body", "cases", "chance", "checks", "examine", "files", "labels", "layouts", "locks",
-    "losses", "of", "progress", "refusals", "resume", "scans", "scores", "settings", "state_dicts", "stop", "training",
-    "weights",
+    "losses", "of", "progress", "published", "refusals", "resume", "scans", "scores", "settings", "state_dicts", "stop",
+    "training", "weights",
 ]  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def way_out(path: str, content: Any, wanted: Shapes) -> str:
     Returns:
         What follows "it does not fit:"; "" if the tensors are nowhere.
     """
-    for keys, state in _states(content):
+    for keys, state in states(content):
         prefix = _prefix_in(state, wanted)
         if prefix is None:
             continue
@@ -65,7 +65,7 @@ def told_keys(content: Any) -> str:
     return f"it holds no state dict, but a {type(content).__name__}"
 
 
-def _states(
+def states(
     content: Any, keys: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Mapping[str, Tensor]]]:
     """Every dictionary that holds tensors, with the keys that lead to it. What it holds beside them is left out."""
@@ -75,7 +75,7 @@ def _states(
     if state:
         yield keys, state
     for key, value in content.items():
-        yield from _states(value, (*keys, str(key)))
+        yield from states(value, (*keys, str(key)))
 
 
 def _prefix_in(state: Mapping[str, Tensor], wanted: Shapes) -> str | None:
@@ -95,7 +95,7 @@ def _prefix_in(state: Mapping[str, Tensor], wanted: Shapes) -> str | None:
 
 def _smaller(content: Any, wanted: Shapes) -> str:
     """If a file holds a part of the network only, such as its encoder: which."""
-    for keys, state in _states(content):
+    for keys, state in states(content):
         first = next(iter(state))
         for start in (name[: -len(first)] for name in wanted if name.endswith(first) and name != first):
             part = {start + name: list(tensor.shape) for name, tensor in state.items()}
