@@ -12,9 +12,9 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
+from custom.bundles.shipped import bundles_folder
 from custom.errors import AliceError
 
-BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 PRETRAIN = "alice_pretrain"
 UNITS = ("crops", "seconds", "flops")
 FIGURES = {"retrieval": 1, "linear": 1, "place_mm": -1}  # of the probe; 1 where more is better
@@ -266,7 +266,7 @@ def _problem_of_files(plan: Plan) -> str:
 
 def bundle_config(bundle: str, name: str) -> Path:
     """A config file of a bundle."""
-    return BUNDLES / bundle / "configs" / name
+    return bundles_folder() / bundle / "configs" / name
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,7 @@ def bundle_words(bundle: str, files: Sequence[Path], settings: Mapping[str, Any]
     words = ["monai.bundle", "run", "--config_file", str([str(path) for path in files])]
     words += [
         "--bundle_root",
-        str(BUNDLES / bundle),
+        str(bundles_folder() / bundle),
         "--logging_file",
         str(bundle_config(bundle, "logging.conf")),
     ]
