@@ -6,6 +6,7 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import REPO
 from monai.bundle import ConfigParser
@@ -14,6 +15,7 @@ from custom.bundles.preflight import check_keys
 from custom.cli.main import main
 from custom.errors import AliceError
 from custom.evaluation.scores.csv_rows import write_rows
+from custom.processes import locked
 from custom.study import plan as plans
 from custom.study import report, sweep
 from custom.study.plan import Run, read_plan
@@ -140,8 +142,23 @@ def test_one_patient_and_everybody_have_different_names(labelled, name):
         ({"choose": {"learning_rate": [1e-3], "scans": "^train_6"}}, "it needs"),
         ({"choose": {"learning_rate": [], "scans": "^train_6", "by": "linear"}}, "rates that every arm tries"),
         ({"choose": {"learning_rate": [1e-3], "scans": "^train_6", "by": "dice"}}, "retrieval, linear, place_mm"),
-        ({"seeds": []}, "seeds are"),
+        ({"seeds": []}, r"lacks \['seeds'\]"),
+        ({"seeds": [0, True]}, "seeds are"),
+        ({"seeds": [0, 0, 1]}, "one value twice"),
         ({"labelled": [0]}, "labelled is"),
+        ({"labelled": [1.5]}, "labelled is"),
+        ({"held_back": ""}, "lacks"),
+        ({"choose": {"learning_rate": [1e-3], "scans": "", "by": "linear"}}, "it needs scans"),
+        ({"choose": {"learning_rate": [1e-3, 1e-3], "scans": "x", "by": "linear"}}, "one value twice"),
+        ({"budget": {"seconds": float("inf")}}, "above 0"),
+        ({"drop_labels": ["x"]}, "drop_labels is"),
+        ({"compare": [["MAE", "MAE"]]}, "different arms"),
+        ({"compare": [5]}, "different arms"),
+        ({"arms": {"A": [], "a": []}, "compare": []}, "but for capitals"),
+        ({"arms": {1: []}, "compare": []}, "names folders"),
+        ({"arms": {"A": "mae.yaml"}, "compare": []}, "give a list of override files"),
+        ({"networks": {"a": 5}}, "network a"),
+        ({"networks": {"swin_unetr": None}}, "without any it is UNETR"),
     ],
 )  # fmt: skip
 def test_a_plan_with_a_slip_is_refused_by_name(tmp_path, changes, message):
@@ -161,12 +178,13 @@ def test_patients_held_back_are_in_no_training_and_dropped_labels_are_gone(scans
         tmp_path / "plan",
         held_back="^case[14]$",
         drop_labels=[2],
-        choose={"learning_rate": [1e-3], "scans": "^case5$", "by": "linear"},
+        choose={"learning_rate": [1e-3], "scans": "^case[35]$", "by": "linear"},
+        labelled=[2],
     )
     sweep.Sweep(plan, scans, tmp_path / "work").prepare()
     lists = read_lists(tmp_path / "work")
     assert lists["split"]["split"] == [["case0", "case2", "case3", "case5"], ["case1", "case4"]]
-    assert lists["split_choose"]["split"] == [["case0", "case2", "case3"], ["case5"]]
+    assert lists["split_choose"]["split"] == [["case0", "case2"], ["case3", "case5"]]
     records = lists["labelled"]["training"]
     assert [record["fold"] for record in records] == [1, 0, 1, 1, 0, 1]
     assert [r["image"].rsplit("/", 1)[1] for r in lists["held_back"]["testing"]] == [
@@ -184,14 +202,14 @@ def test_patients_held_back_are_in_no_training_and_dropped_labels_are_gone(scans
 
 def test_a_folder_of_other_settings_is_refused_but_another_comparison_is_not(scans, tmp_path):
     def prepare(name, of=scans, **changes):
-        sweep.Sweep(small_plan(tmp_path / name, **changes), of, tmp_path / "work").prepare()
+        sweep.Sweep(small_plan(tmp_path / name, labelled=[2], **changes), of, tmp_path / "work").prepare()
 
     prepare("a", held_back="^case1$")
     prepare("b", held_back="^case1$", compare=[], seeds=[0])
     with pytest.raises(AliceError, match="other settings"):
         prepare("c", held_back="^case2$")
     with pytest.raises(AliceError, match="other settings"):
-        prepare("d", held_back="^case1$", budget={"crops": 100})
+        prepare("d", held_back="^case1$", drop_labels=[1])
     shutil.copytree(scans, tmp_path / "others")  # of the same names
     with pytest.raises(AliceError, match="other scans"):
         prepare("e", tmp_path / "others", held_back="^case1$")
@@ -203,7 +221,10 @@ def test_a_folder_of_other_settings_is_refused_but_another_comparison_is_not(sca
         ({"held_back": "^nobody$"}, "no scan of 6 matches held_back"),
         ({"held_back": "^case"}, "0 of 6 scans are left"),
         ({"held_back": "^case[1-5]$"}, "1 of 6 scans are left"),
-        ({"held_back": "^case1$", "choose": {"learning_rate": [1e-3], "scans": "^case[12]$", "by": "linear"}}, "never chosen on what is reported"),
+        ({"held_back": "^case1$", "labelled": [2], "choose": {"learning_rate": [1e-3], "scans": "^case[12]$", "by": "linear"}}, "never chosen on what is reported"),
+        ({"held_back": "^case1$", "labelled": [2], "choose": {"learning_rate": [1e-3], "scans": "^case2$", "by": "linear"}}, "one patient matches choosing"),
+        ({"held_back": "^case1$", "labelled": None}, "one patient matches held_back"),
+        ({"held_back": "^case1$", "labelled": [300]}, r"asks for \[300\] patients; 5 are labelled"),
     ],
 )  # fmt: skip
 def test_patients_in_two_roles_or_none_are_refused(scans, tmp_path, changes, message):
@@ -222,19 +243,42 @@ def test_two_scans_of_a_patient_have_one_role(tmp_path, scans):
 
 # -- the runs ------------------------------------------------------------------
 
+CHOOSE = {"learning_rate": [1e-3, 1e-2], "scans": "^train_6", "by": "linear"}
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def examined(made, **crops):
+    """Costs of arms as examine() leaves them."""
+    for arm, each in crops.items():
+        costs = {"iterations": 7, "crops a step": each, "seconds a step": 2.0, "flops a step": 1e8}
+        write_json(made.work / "examined" / "unetr" / f"{arm}.json", costs)
+
 
 @pytest.fixture
 def commands(monkeypatch):
-    """The command lines that would be run."""
+    """The command lines that would be run; a pre-training writes its last step, a fine-tuning its last epoch."""
     told = []
-    monkeypatch.setattr(
-        sweep, "execute", lambda words, log: told.append(list(words)) or {"seconds": 1.0, "cpu_seconds": 1.0}
-    )
+
+    def execute(words, log):
+        told.append(list(words))
+        settings = settings_of(words)
+        if "alice_pretrain" in settings.get("--bundle_root", ""):
+            write_json(log.parent / "log.jsonl", {"step": int(settings.get("--iterations", 7))})
+        elif "--labelled" in settings:
+            (log.parent / "checkpoints").mkdir(parents=True, exist_ok=True)
+            state = {"iteration": 6, "max_epochs": 2, "epoch_length": 3}
+            torch.save({"trainer": state}, log.parent / "checkpoints" / "last.pt")
+
+    monkeypatch.setattr(sweep, "execute", execute)
     return told
 
 
 def settings_of(words):
-    return dict(zip(words[2::2], words[3::2], strict=True))
+    return dict(zip(words[2::2], words[3::2], strict=False))
 
 
 def test_arms_of_a_row_differ_in_the_encoder_alone(tmp_path, commands):
@@ -246,6 +290,7 @@ def test_arms_of_a_row_differ_in_the_encoder_alone(tmp_path, commands):
         made.finetune(Run("unetr", arm, 2, 10, "tuned"))
     scratch, *others = (settings_of(words) for words in commands)
     assert (scratch["--labelled"], scratch["--seed"], scratch["--fold_seed"]) == ("10", "2", "2")
+    assert scratch["--validate::dataset::data"] == "[]"
     for arm, other in zip(("MAE", "Alice"), others, strict=True):
         other = {key: value.replace(f"/{arm}/", "/scratch/") for key, value in other.items()}
         assert other.pop("--pretrained") == str(
@@ -255,27 +300,16 @@ def test_arms_of_a_row_differ_in_the_encoder_alone(tmp_path, commands):
 
 
 def test_a_pre_training_spends_the_budget_at_the_rate_that_was_chosen(tmp_path, commands):
-    choose = {"learning_rate": [1e-3, 1e-2], "scans": "^train_6", "by": "linear"}
-    plan = small_plan(tmp_path / "p", choose=choose, budget={"crops": 320})
-    made = sweep.Sweep(plan, tmp_path, tmp_path / "work")
-    for arm, crops in (("MAE", 8), ("Alice", 16)):
-        path = made.work / "examined" / "unetr" / f"{arm}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            json.dumps({"iterations": 7, "crops a step": crops, "seconds a step": 1.0, "flops a step": 5.0})
-        )
-        made._iterations(path, arm)
-    chosen = {"unetr/MAE": {"rate": 1e-2}, "unetr/Alice": {"rate": None}}
-    (made.work / "chosen.json").write_text(json.dumps(chosen))
+    made = sweep.Sweep(
+        small_plan(tmp_path / "p", choose=CHOOSE, budget={"crops": 320}), tmp_path, tmp_path / "work"
+    )
+    examined(made, MAE=8, Alice=16)
+    write_json(made.work / "chosen.json", {"unetr/MAE": {"rate": 1e-2}, "unetr/Alice": {"rate": None}})
     made.pretrain(Run("unetr", "MAE", 1))
     made.pretrain(Run("unetr", "Alice", 0, rate=1e-3))
     mae, trial = (settings_of(words) for words in commands)
-    assert (mae["--iterations"], mae["--learning_rate"], mae["--seed"], mae["--probe_every"]) == (
-        "40",
-        "0.01",
-        "1",
-        "40",
-    )
+    assert (mae["--iterations"], mae["--learning_rate"], mae["--seed"]) == ("40", "0.01", "1")
+    assert mae["--probe_every"] == "41"  # the untrained encoder alone
     assert (trial["--iterations"], trial["--learning_rate"]) == ("20", "0.001")
     assert "split.json" in mae["--config_file"] and "split_choose.json" in trial["--config_file"]
     with pytest.raises(sweep.RunFailed, match="Alice, unetr: no learning rate"):
@@ -287,42 +321,118 @@ def test_a_pre_training_spends_the_budget_at_the_rate_that_was_chosen(tmp_path, 
 )
 def test_budgets_become_steps(tmp_path, budget, steps):
     made = sweep.Sweep(small_plan(tmp_path / "p", budget=budget), tmp_path, tmp_path / "work")
-    path = tmp_path / "arm.json"
-    path.write_text(
-        json.dumps({"iterations": 7, "crops a step": 16, "seconds a step": 2.0, "flops a step": 1e8})
-    )
-    made._iterations(path, "arm")
-    assert json.loads(path.read_text())["iterations"] == steps
+    examined(made, MAE=16)
+    assert made._costs("unetr", "MAE")["iterations"] == steps
     ((unit, value),) = budget.items()
     small = sweep.Sweep(small_plan(tmp_path / "q", budget={unit: value / 10}), tmp_path, tmp_path / "work")
     with pytest.raises(AliceError, match="take a larger one"):
-        small._iterations(path, "arm")
+        small._costs("unetr", "MAE")
 
 
-def test_a_rate_that_diverges_is_told_and_the_sweep_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_rate_that_diverges_is_told_and_other_failures_are_tried_again(tmp_path, monkeypatch, capsys):
     choose = {"learning_rate": [1e-3, 1e-2, 1.0], "scans": "^train_6", "by": "place_mm"}
     made = sweep.Sweep(small_plan(tmp_path / "p", choose=choose), tmp_path, tmp_path / "work")
+    examined(made, MAE=8, Alice=8)
+    full = True
 
     def pretrain(run):
-        if run.rate == 1.0 or run.arm == "MAE":
-            raise sweep.RunFailed("l_r became NaN")
-        folder = made.work / run.folder
-        folder.mkdir(parents=True)
-        lines = [{"step": 0, "probe/place_mm": 90.0}, {"step": 9, "probe/place_mm": 50.0 + 1000 * run.rate}]
-        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if run.rate == 1.0:
+            raise sweep.RunFailed("x.log: exit code 1; it ends with: Step 3: l_r not finite.")
+        if run.arm == "MAE" and run.rate == 1e-2 and full:
+            raise sweep.RunFailed("the disk is full")
 
     monkeypatch.setattr(made, "pretrain", pretrain)
+    monkeypatch.setattr(made, "_probe", lambda run: {"trained": {"place_mm": 50.0 + 1000 * run.rate}})
     made.choose()
     chosen = json.loads((made.work / "chosen.json").read_text())
-    assert chosen["unetr/Alice"] == {
-        "by": "place_mm",
-        "tried": {"0.001": 51.0, "0.01": 60.0, "1": None},
-        "rate": 1e-3,
-    }
-    assert chosen["unetr/MAE"]["rate"] is None
-    assert capsys.readouterr().out.count("failed") == 4
+    tried = {"0.001": 51.0, "0.01": 60.0, "1": None}
+    assert chosen["unetr/Alice"] == {"by": "place_mm", "tried": tried, "rate": 1e-3}
+    assert chosen["unetr/MAE"]["rate"] is None and "0.01" not in chosen["unetr/MAE"]["tried"]
+    assert capsys.readouterr().out.count("diverged") == 2
+    full = False
+    made.choose()
+    assert json.loads((made.work / "chosen.json").read_text())["unetr/MAE"] == chosen["unetr/Alice"]
     monkeypatch.setattr(made, "pretrain", lambda run: pytest.fail("was tried again"))
     made.choose()
+
+
+def test_a_run_that_was_stopped_does_not_count(tmp_path, monkeypatch):
+    """A signal lets a run save, and end with exit code 0."""
+    made = sweep.Sweep(small_plan(tmp_path / "p", budget={"crops": 320}), tmp_path, tmp_path / "work")
+    examined(made, MAE=8)
+    monkeypatch.setattr(
+        sweep, "execute", lambda words, log: write_json(log.parent / "log.jsonl", {"step": 11})
+    )
+    with pytest.raises(sweep.RunFailed, match="stopped after 11 of 40 steps"):
+        made.pretrain(Run("unetr", "MAE", 0))
+
+    def half(words, log):
+        (log.parent / "checkpoints").mkdir(parents=True)
+        torch.save(
+            {"trainer": {"iteration": 5, "max_epochs": 2, "epoch_length": 3}},
+            log.parent / "checkpoints" / "last.pt",
+        )
+
+    monkeypatch.setattr(sweep, "execute", half)
+    with pytest.raises(sweep.RunFailed, match="stopped after 5 steps"):
+        made.finetune(Run("unetr", "scratch", 0, 3, "tuned"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"arms": {"scratch": [], "MAE": ["pooled.yaml", "mae.yaml", "pretrain.yaml"]}},  # another order
+        {"arms": {"scratch": [], "MAE": ["pooled.yaml", "pretrain.yaml"]}},  # Alice under the name of MAE
+        {"budget": {"crops": 640}},
+        {"choose": CHOOSE},
+    ],
+    ids=["order", "swapped", "budget", "rate"],
+)
+def test_a_run_of_other_settings_is_never_taken_for_this_one(tmp_path, changes):
+    first = {
+        "arms": {"scratch": [], "MAE": ["pooled.yaml", "pretrain.yaml", "mae.yaml"]},
+        "budget": {"crops": 320},
+        "compare": [],
+    }
+    made = sweep.Sweep(small_plan(tmp_path / "p", **first), tmp_path, tmp_path / "work")
+    examined(made, MAE=8)
+    write_json(made.work / "chosen.json", {"unetr/MAE": {"rate": 1e-2}})
+    tuned = Run("unetr", "MAE", 0, 3, "tuned")
+    for run in (Run("unetr", "MAE", 0), tuned):
+        made._same(run)
+        made._same(run)  # it is
+    other = sweep.Sweep(small_plan(tmp_path / "q", **first | changes), tmp_path, tmp_path / "work")
+    for run in (Run("unetr", "MAE", 0), tuned):
+        with pytest.raises(AliceError, match="made with other settings"):
+            other._same(run)
+    more = {"arms": first["arms"] | {"Alice": ["pretrain.yaml"]}, "seeds": [0, 1, 2, 3]}
+    sweep.Sweep(small_plan(tmp_path / "r", **first | more), tmp_path, tmp_path / "work")._same(
+        tuned
+    )  # more arms and seeds
+
+
+def test_another_bundle_is_another_fine_tuning(tmp_path):
+    run = Run("unetr", "scratch", 0, 3, "tuned")
+    sweep.Sweep(small_plan(tmp_path / "p"), tmp_path, tmp_path / "work")._same(run)
+    with pytest.raises(AliceError, match="made with other settings"):
+        sweep.Sweep(small_plan(tmp_path / "q", bundle="alice_seg_flare"), tmp_path, tmp_path / "work")._same(
+            run
+        )
+
+
+def test_two_sweeps_in_one_folder_are_refused(tmp_path):
+    with (
+        locked(tmp_path / "work" / "sweep.lock", "alice compare-methods"),
+        pytest.raises(AliceError, match="is at work here"),
+    ):
+        sweep.Sweep(read_plan(OPENKBP), tmp_path, tmp_path / "work").run()
+
+
+def test_a_slip_in_the_fine_tuning_is_refused_before_anything_runs(tmp_path):
+    plan = small_plan(tmp_path / "plan")
+    (plan.folder / "finetune.yaml").write_text("epoch: 3\n")
+    with pytest.raises(AliceError, match="'epoch' is no setting.*Did you mean 'epochs'"):
+        sweep.Sweep(plan, tmp_path, tmp_path / "work").examine()
 
 
 def test_what_is_finished_is_not_run_again_and_a_failure_names_its_log(tmp_path):
@@ -491,7 +601,7 @@ def test_a_small_plan_runs_from_scans_to_the_table_and_goes_on(tmp_path, monkeyp
     rows = report.read_results(read_plan(tmp_path / "plan"), tmp_path / "work" / "report")
     assert {arm for _, arm in rows} == {"scratch", "Alice", "MAE"}
     costs = json.loads((tmp_path / "work" / "report" / "costs.json").read_text())
-    assert costs["unetr/MAE"]["iterations"] == 2 * costs["unetr/Alice"]["iterations"] == 20
+    assert costs["unetr/MAE"]["steps"] == 2 * costs["unetr/Alice"]["steps"] == 20
     capsys.readouterr()
     main(words)  # all is there
     assert capsys.readouterr().out.count("was there") == 5

@@ -18,9 +18,9 @@ def scripts():
 
 
 def write_lock(folder, **holder):
-    (folder / "training.lock").write_text(
-        json.dumps({"host": socket.gethostname(), "pid": os.getppid()} | holder)
-    )
+    """A lock as another process of this machine leaves it; its parent lives."""
+    locks = parser_of("train").get_parsed_content("scripts").locks
+    (folder / "training.lock").write_text(json.dumps(locks._process(os.getppid()) | holder))
 
 
 def test_a_folder_is_taken_once_and_given_back_at_the_end(tmp_path, scripts):
@@ -37,21 +37,32 @@ def test_a_folder_is_taken_once_and_given_back_at_the_end(tmp_path, scripts):
     assert json.loads((tmp_path / "training.lock").read_text())["pid"] == os.getppid()
 
 
-@pytest.mark.parametrize("case", ["ended", "own", "elsewhere and quiet"])
+@pytest.mark.parametrize(
+    "case", ["ended", "number given anew", "own", "elsewhere and quiet", "another container, quiet"]
+)
 def test_a_lock_whose_holder_is_gone_is_taken_over(tmp_path, scripts, case):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     holder = {
         "ended": {"pid": ended.pid},
+        "number given anew": {"start": "1"},
         "own": {"pid": os.getpid()},
         "elsewhere and quiet": {"host": "another"},
+        "another container, quiet": {"container": "pid:[1]", "pid": os.getpid()},
     }[case]
     write_lock(tmp_path, **holder)
-    if "host" in holder:
-        assert scripts.locks.take(str(tmp_path)), "another machine touched it a moment ago"
+    if "quiet" in case:
+        assert scripts.locks.take(str(tmp_path)), "it was touched a moment ago"
         os.utime(tmp_path / "training.lock", (1e9, 1e9))
     assert scripts.locks.take(str(tmp_path)) == []
     assert json.loads((tmp_path / "training.lock").read_text())["pid"] == os.getpid()
+    assert [path.name for path in tmp_path.iterdir()] == ["training.lock"]
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path, scripts):
+    (tmp_path / "file").touch()
+    (told,) = scripts.locks.take(str(tmp_path / "file" / "run"))
+    assert "cannot be written" in told and "another output_dir" in told
 
 
 def test_other_processes_of_a_run_do_not_ask(tmp_path, scripts, monkeypatch):

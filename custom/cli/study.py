@@ -8,7 +8,7 @@ from custom.errors import AliceError
 
 
 def compare_methods(
-    plan: str, scans: str | None = None, work: str | None = None, report: str | None = None
+    plan: str, scans: str | None = None, work: str | None = None, report: str | bool = False
 ) -> None:
     """Ask which method of pre-training is best on your scans, at the same cost: pre-train, fine-tune, score, report.
 
@@ -18,14 +18,14 @@ def compare_methods(
         plan: plan.yaml, or its folder.
         scans: folder, datalist or manifest; with labels where the plan fine-tunes.
         work: folder for everything that is made; the report lies in its report/.
-        report: instead of running anything, write table.md and figure.svg into this folder from the rows in it.
+        report: run nothing; report what is there: of WORK, or of a FOLDER that holds the rows of a report.
     """
     from custom.study.plan import read_plan
     from custom.study.report import collect, write_report
     from custom.study.sweep import Sweep
 
     asked = read_plan(plan)
-    if report is not None:
+    if isinstance(report, str):
         if scans or work:
             raise AliceError(
                 "--report FOLDER makes a report again from the rows in FOLDER; it takes no scans and no work folder."
@@ -35,7 +35,8 @@ def compare_methods(
     if not scans or not work:
         raise AliceError("Name the scans and a work folder: alice compare-methods PLAN SCANS WORK.")
     sweep = Sweep(asked, scans, work)
-    sweep.run()
+    if not report:
+        sweep.run()
     folder = sweep.work / "report"
     missing = collect(asked, sweep.work, folder)
     print(write_report(asked, folder))

@@ -24,8 +24,8 @@ def read_label_map(label_map: Mapping[Any, Any], labels: Sequence[str]) -> dict[
     value_of = {"background": 0} | {organ_of(name): value for value, name in enumerate(labels, start=1)}
     found = {}
     for key, to in label_map.items():
-        number = int(to) if str(to).isdigit() else value_of.get(organ_of(str(to)), -1)
-        if not str(key).isdigit() or not 0 <= number <= len(labels):
+        number = int(to) if str(to).isdecimal() else value_of.get(organ_of(str(to)), -1)
+        if not str(key).isdecimal() or not 0 <= number <= len(labels):
             raise ScanError(
                 f"label_map: {key!r}: {to!r} maps no value of the data to 0 to {len(labels)} or to one of {', '.join(labels)}."
             )

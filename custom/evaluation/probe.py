@@ -280,6 +280,9 @@ class EncoderProbe:
         fit_names: scans the linear probe is fitted on; None fits on every second labelled patient of
             ``names`` and scores on the others.
         crops_per_scan: for the linear probe.
+
+    Attributes:
+        by_patient: of the last measurement, ``{"retrieval": {patient: value}, "place_mm": {...}}``.
     """
 
     def __init__(
@@ -294,6 +297,7 @@ class EncoderProbe:
     ) -> None:
         self.store, self.names, self.crop_size, self.window_hu = store, list(names), crop_size, window_hu
         self.device, self.crops_per_scan = device, crops_per_scan
+        self.by_patient: dict[str, dict[str, float]] = {}
         self.points, self.by = region_points(store, self.names)
         self.places = anatomical_points(store, self.names) or self.points
         labelled = [n for n in self.names if store.has_label(n)]
@@ -344,6 +348,7 @@ class EncoderProbe:
         )
         patch = encoder.patch  # type: ignore[attr-defined]
         place = place_error(features, self.store, self.places, self.crop_size, patch, read_crop, self.device)
+        self.by_patient = {"retrieval": dict(found.by_patient), "place_mm": dict(place.by_patient)}
         values = {
             "retrieval": _figure(found.accuracy, found.by_patient, intervals),
             "chance": Figure(found.chance),

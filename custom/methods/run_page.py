@@ -155,18 +155,20 @@ def _facts(one: Shown) -> dict[str, Any]:
 
 
 def _alarms(page: Page, shown: Sequence[Shown]) -> None:
-    rows: dict[tuple[str, str], list[int]] = {}
+    """Each alarm once, with its latest words; its numbers change from step to step."""
+    rows: dict[tuple[str, str], tuple[list[int], str]] = {}
     for one in shown:
         for line in one.log:
             for text in line.get("alarms", []):
-                rows.setdefault((one.name, text.partition("(")[0] if "(" in text else text), []).append(
-                    line["step"]
-                )
+                steps, _ = rows.get((one.name, text[:30]), ([], ""))
+                rows[one.name, text[:30]] = ([*steps, line["step"]], text)
     page.section("Alarms")
     if not rows:
         page.text("None.")
         return
-    cells = [(name, f"{steps[0]} to {steps[-1]}", len(steps), text) for (name, text), steps in rows.items()]
+    cells = [
+        (name, f"{steps[0]} to {steps[-1]}", len(steps), text) for (name, _), (steps, text) in rows.items()
+    ]
     page.table(("run", "steps", "times", "what"), cells)
 
 
@@ -203,7 +205,7 @@ def _curves(shown: Sequence[Shown], keys: Sequence[str], points: bool = False) -
     for number, one in enumerate(shown):
         for style, key in zip(styles, keys, strict=False):
             known = [(line["step"], line[key]) for line in one.log if line.get(key) is not None]
-            if any(value for _, value in known):
+            if known:
                 label = " ".join([one.name] * (len(shown) > 1) + [key.split("/")[-1]] * (len(keys) > 1))
                 marker = "." if points or len(known) < 30 else None
                 axes.plot(*zip(*known, strict=True), style, color=COLOURS[number], label=label, marker=marker)

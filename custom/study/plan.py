@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -120,20 +121,14 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Of all settings that make the runs; not of what is compared, nor of how many seeds there are."""
-        files = {
-            p
-            for n in self.networks
-            for a, names in self.arms.items()
-            if names
-            for p in self.pretrain_files(n, a)
-        }
-        if self.labelled:
-            files |= {p for n in self.networks for w in self.ways for p in self.finetune_files(n, w)}
-        shipped = {bundle_config(PRETRAIN, "train.yaml"), bundle_config(self.bundle, "train.yaml")}
-        texts = [json.dumps(self.settings(p), sort_keys=True, default=str) for p in sorted(files - shipped)]
-        made_by = [self.held_back, self.drop_labels, self.budget, self.choose, sorted(texts)]
-        return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
+        """Of what decides which scans have which role, and which labels are used."""
+        return digest_of(self.held_back, self.choose.get("scans"), self.drop_labels)
+
+
+def digest_of(*parts: Any) -> str:
+    """A sha256 of plain values; of a path, of the settings in the file, so that order and contents count, and comments do not."""
+    read = [Plan.settings(part) if isinstance(part, Path) else part for part in parts]
+    return hashlib.sha256(json.dumps(read, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -192,13 +187,15 @@ def _problem_of_content(content: Any) -> str:
     known = {f.name: str(f.type) for f in fields(Plan) if f.name != "folder"}
     if strange := sorted(set(content) - set(known)):
         return f"unknown keys {strange}; a plan has {sorted(known)}"
-    if missing := [key for key in ("held_back", "arms", "seeds") if key not in content]:
+    if missing := [key for key in ("held_back", "arms", "seeds") if not content.get(key)]:
         return f"lacks {missing}"
     kinds = {"str": str, "list": list, "dict": dict}
     for key, value in content.items():
         wanted = known[key].partition("[")[0]
         if not isinstance(value, kinds[wanted]):
             return f"{key} is {value!r}, which is no {wanted}"
+    if content.get("choose") and not content["choose"].get("scans"):
+        return f"choose is {content['choose']}; it needs scans, a regular expression on names"
     for key in ("held_back", "choose"):
         pattern = content.get(key, "") if key == "held_back" else content.get(key, {}).get("scans", "")
         try:
@@ -213,23 +210,38 @@ def _problem_of_plan(plan: Plan) -> str:
         if not names:
             return f"has no {what}"
         for name in names:
-            if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", str(name)):
+            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
                 return f"{what} {name!r}: take letters, digits, '_', '-', '.' and '+'; it names folders"
-    if not plan.seeds or not all(isinstance(seed, int) and seed >= 0 for seed in plan.seeds):
+        if len({str(name).lower() for name in names}) < len(names):
+            return f"two {what}s have one name but for capitals, and some disks do not tell them apart"
+    if not plan.seeds or not all(_whole(seed) and seed >= 0 for seed in plan.seeds):
         return f"seeds are {plan.seeds}; give whole numbers"
-    if not all(isinstance(n, int | float) and n > 0 for n in plan.labelled):
+    if not all((_whole(n) and n > 0) or (isinstance(n, float) and 0 < n <= 1) for n in plan.labelled):
         return f"labelled is {plan.labelled}; give numbers of patients, or shares as 0.1"
+    for key, values in (
+        ("seeds", plan.seeds),
+        ("labelled", plan.labelled),
+        ("choose::learning_rate", plan.choose.get("learning_rate", [])),
+    ):
+        if len(set(map(str, values))) < len(values):
+            return f"{key} names one value twice: {values}"
+    if not all(_whole(value) and value > 0 for value in plan.drop_labels):
+        return f"drop_labels is {plan.drop_labels}; give label values"
+    if any(not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1] for pair in plan.compare):
+        return "compare holds pairs of different arms"
     if strange := sorted({str(arm) for pair in plan.compare for arm in pair} - set(plan.arms)):
         return f"compares {strange}; its arms are {sorted(plan.arms)}"
-    if any(len(pair) != 2 for pair in plan.compare):
-        return "compare holds pairs of arms"
     return _problem_of_spending(plan) or _problem_of_files(plan)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _problem_of_spending(plan: Plan) -> str:
     if plan.budget and (len(plan.budget) != 1 or next(iter(plan.budget)) not in UNITS):
         return f"budget is {plan.budget}; give one of {', '.join(UNITS)}"
-    if any(not isinstance(n, int | float) or n <= 0 for n in plan.budget.values()):
+    if any(not isinstance(n, int | float) or not 0 < n < math.inf for n in plan.budget.values()):
         return f"budget is {plan.budget}; give a number above 0"
     if plan.choose:
         wanted = {"learning_rate", "scans", "by"}
@@ -248,6 +260,15 @@ def _problem_of_spending(plan: Plan) -> str:
 
 
 def _problem_of_files(plan: Plan) -> str:
+    for what, lists in (("arm", plan.arms), ("way", plan.ways), ("pretrain", {"": plan.pretrain})):
+        for name, files in lists.items():
+            if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+                return f"{what} {name}: give a list of override files, as [mae.yaml]; got {files!r}"
+    for network, of in plan.networks.items():
+        if not isinstance(of, dict) or not all(isinstance(files, list) for files in of.values()):
+            return f"network {network}: give {{pretrain: [...], finetune: [...]}}; got {of!r}"
+        if not of and network != "unetr":
+            return f"network {network}: give its override files, {{pretrain: [...], finetune: [...]}}; without any it is UNETR"
     wanted = [(PRETRAIN, name) for files in [plan.pretrain, *plan.arms.values()] for name in files]
     for network, of in plan.networks.items():
         if strange := sorted(set(of) - {"pretrain", "finetune"}):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -17,13 +18,21 @@ from custom.engine.run_log import read_log
 from custom.errors import AliceError
 from custom.evaluation.scores.csv_rows import read_rows, write_rows
 from custom.evaluation.statistics.per_organ import OVERALL, Comparison, compare, summarise
-from custom.evaluation.statistics.significance import holm
+from custom.evaluation.statistics.significance import (
+    MIN_CASES,
+    Interval,
+    bootstrap_interval,
+    holm,
+    signed_rank_p,
+)
 from custom.files import write_text
-from custom.study.plan import FIGURES, Labelled, Plan, labelled_name, runs_of, trained_arms
+from custom.study.plan import Labelled, Plan, labelled_name, runs_of, trained_arms
 
 Rows = list[dict[str, Any]]
 Cell = tuple[str, str, Labelled]  # network, way, number of labelled patients
 FEWEST_SEEDS = 3  # of an interval (ours)
+LEVEL = 0.05  # of the adjusted p
+FEW = "Three seeds are few: intervals are too narrow rather than too wide."
 COLOURS = (
     "#8a94a3",
     "#3d84c6",
@@ -60,17 +69,18 @@ def collect(plan: Plan, work: Path, folder: Path) -> list[str]:
     for run in runs_of(plan):
         path = work / run.folder
         if run.labelled is None:
-            if not (path / "encoder.safetensors").is_file():
+            if not (path / "probe.json").is_file():
                 missing.append(run.folder.as_posix())
                 continue
-            probed += _probes(path, {"network": run.network, "arm": run.arm, "seed": run.seed})
-            spent = json.loads((path / "spent.json").read_text(encoding="utf-8"))
+            found = json.loads((path / "probe.json").read_text(encoding="utf-8"))
+            probed.append({"network": run.network, "arm": run.arm, "seed": run.seed} | found)
             examined = json.loads(
                 (work / "examined" / run.network / f"{run.arm}.json").read_text(encoding="utf-8")
             )
-            one = costs.setdefault(f"{run.network}/{run.arm}", examined | {"cpu_seconds": [], "seconds": []})
-            for unit, value in spent.items():
-                one[unit].append(round(value, 1))
+            one = costs.setdefault(
+                f"{run.network}/{run.arm}", examined | {"steps": found["step"], "seconds": []}
+            )
+            one["seconds"].append(round(_seconds(path, examined["crops a step"]), 1))
         elif (path / "rows.csv").is_file():
             assert run.way is not None
             rows = [row for row in read_rows(path / "rows.csv") if row["organ"] in plan.scored]
@@ -87,15 +97,14 @@ def collect(plan: Plan, work: Path, folder: Path) -> list[str]:
     return missing
 
 
-def _probes(run: Path, about: dict[str, Any]) -> Rows:
-    """The first probe of a run, which is of the untrained encoder, and the last."""
-    found = [line for line in read_log(run) if "probe/retrieval" in line]
-    rows = []
-    for state, line in zip(("untrained", "trained"), [found[0], found[-1]] if found else [], strict=False):
-        rows.append(
-            about | {"state": state, "step": line["step"]} | {k: line.get(f"probe/{k}") for k in FIGURES}
-        )
-    return rows
+def _seconds(run: Path, crops_a_step: float) -> float:
+    """How long a pre-training took, by the speeds in its log; what a killed part did is in it, starts are not."""
+    seconds, before = 0.0, 0
+    for line in read_log(run):
+        if line.get("crops_per_second"):
+            seconds += (line["step"] - before) * crops_a_step / line["crops_per_second"]
+            before = line["step"]
+    return seconds
 
 
 def read_results(plan: Plan, folder: Path) -> Mapping[tuple[Cell, str], Rows]:
@@ -165,39 +174,52 @@ def markdown(plan: Plan, folder: Path, results: Mapping[tuple[Cell, str], Rows],
 
 def _scores(plan: Plan, results: Mapping[tuple[Cell, str], Rows]) -> list[str]:
     cells = list(dict.fromkeys(cell for cell, _ in results))
+    cases = len({row["case"] for rows in results.values() for row in rows})
+    enough = len(plan.seeds) >= FEWEST_SEEDS and cases >= MIN_CASES
     lines = {(cell, a, b): _compared(plan, results, cell, a, b) for cell in cells for a, b in plan.pairs}
-    known = {key: found for key, found in lines.items() if found}
-    parts = (
-        ["\n".join(verdict(plan, known, a, b) for a, b in plan.pairs)]
-        if len(plan.seeds) >= FEWEST_SEEDS
-        else []
-    )
+    known = {key: found for key, found in lines.items() if found and enough}
+    overall = {key: (_overall(dsc), _overall(nsd)) for key, (dsc, nsd) in known.items()}
+    adjusted = dict(zip(overall, holm([dsc.p_value for dsc, _ in overall.values()]), strict=True))
+    told = {key: (dsc.difference, dsc.interval, adjusted[key]) for key, (dsc, _) in overall.items()}
+    parts = []
+    if cases < MIN_CASES:
+        parts.append(f"**Patients held back: {cases}. Fewer than {MIN_CASES}: nothing is told apart.**")
+    if enough:
+        parts.append("\n".join(verdict(plan, told, a, b) for a, b in plan.pairs))
+    header = ["", *plan.arms]
     parts += [
         "![Mean DSC of the arms, and paired differences with 95 % intervals](figure.svg)",
         "## Means",
         "DSC, mean over patients of each patient's mean over organs, and its 95 % interval over seeds and patients. "
         "Missed: organs that a network did not find at all; they count as 0.",
         _table(
-            ["", *plan.arms],
+            header,
             [
                 [_name(plan, cell), *(_mean(plan, results.get((cell, arm))) for arm in plan.arms)]
                 for cell in cells
             ],
         ),
     ]
-    if known and len(plan.seeds) >= FEWEST_SEEDS:
-        overall = {key: (_overall(dsc), _overall(nsd)) for key, (dsc, nsd) in known.items()}
-        adjusted = holm([dsc.p_value for dsc, _ in overall.values()])
+    if known:
         rows = [
-            [_name(plan, cell), a, b, _difference(dsc), _p(dsc.p_value), _p(p), _difference(nsd)]
-            for ((cell, a, b), (dsc, nsd)), p in zip(overall.items(), adjusted, strict=True)
+            [
+                _name(plan, key[0]),
+                *key[1:],
+                _difference(dsc),
+                _p(dsc.p_value),
+                _p(adjusted[key]),
+                _difference(nsd),
+            ]
+            for key, (dsc, nsd) in overall.items()
         ]
         parts += [
             "## Paired differences",
-            "B - A by patient and seed, overall; 95 % intervals from a bootstrap over seeds and patients, those that exclude 0 in bold. "
-            "p: Wilcoxon's signed-rank test on patients, seeds averaged; Holm: adjusted for the number of rows.",
+            f"B - A by patient and seed, overall; 95 % intervals from a bootstrap over seeds and patients, those that exclude 0 in bold. {FEW} "
+            "p: Wilcoxon's signed-rank test on patients, seeds averaged; Holm: adjusted for the number of rows. An arm is called better or "
+            "worse if the interval excludes 0 and the adjusted p is below 0.05.",
             _table(["", "A", "B", "DSC, B - A", "p", "Holm", "NSD at 2 mm, B - A"], rows),
             "## By organ, DSC",
+            "Nothing is adjusted for the number of cells here: of twenty, one excludes 0 by chance.",
         ]
         for a, b in plan.pairs:
             columns = {cell: found[0] for (cell, x, y), found in known.items() if (x, y) == (a, b)}
@@ -220,15 +242,28 @@ def _compared(
     return compare(of_a, of_b, "dsc"), compare(of_a, of_b, "nsd")
 
 
-def verdict(plan: Plan, compared: Mapping[tuple[Cell, str, str], Any], a: str, b: str) -> str:
-    """In words, where the interval of the overall DSC's difference excludes 0, and where it does not."""
+def verdict(
+    plan: Plan, told: Mapping[Any, tuple[float, Interval, float]], a: str, b: str, more: str = "better"
+) -> str:
+    """In words: where the interval of a difference excludes 0 and the adjusted p is below 0.05, and where not.
+
+    Args:
+        plan: what is compared.
+        told: ``(cell or its name, A, B)`` -> difference B - A, its interval, adjusted p.
+        a, b: two arms.
+        more: what a positive difference is, better or worse.
+    """
+    words = {True: more, False: "worse" if more == "better" else "better"}
     found: dict[str, list[str]] = {}
-    for (cell, x, y), (dsc, _) in compared.items():
+    for (cell, x, y), (difference, interval, p) in told.items():
         if (x, y) == (a, b):
-            line = _overall(dsc)
-            told = ("better" if line.difference > 0 else "worse") if excludes_zero(line) else "not told apart"
-            found.setdefault(told, []).append(f"{_name(plan, cell)} ({line.difference:+.3f})")
-    said = "; ".join(f"{told} at {' and '.join(where)}" for told, where in found.items())
+            apart = (interval.low > 0 or interval.high < 0) and p < LEVEL
+            digits = 3 if abs(difference) < 1 else 1
+            name = cell if isinstance(cell, str) else _name(plan, cell)
+            found.setdefault(words[difference > 0] if apart else "not told apart", []).append(
+                f"{name} ({difference:+.{digits}f})"
+            )
+    said = "; ".join(f"{how} at {' and '.join(where)}" for how, where in found.items())
     return f"- **{b} against {a}**: {said or 'runs are missing'}."
 
 
@@ -249,20 +284,60 @@ def _probe(plan: Plan, probed: Rows) -> list[str]:
     rows = []
     for network in plan.networks:
         of_network = [row for row in probed if row["network"] == network]
-        states = [("untrained", [row for row in of_network if row["state"] == "untrained"])]
+        untrained = list({row["seed"]: row["untrained"] for row in of_network}.values())
+        lines = [("untrained", untrained)] if untrained else []
         for arm in trained_arms(plan):
-            states.append((arm, [r for r in of_network if r["state"] == "trained" and r["arm"] == arm]))
-        rows += [
-            [network, name, *(_spread([r[key] for r in found]) for key in titles)]
-            for name, found in states
-            if found
-        ]
-    return [
+            lines.append((arm, [row["trained"] for row in of_network if row["arm"] == arm]))
+        for name, found in lines:
+            lacking = f", {len(found)} of {len(plan.seeds)} seeds" if len(found) < len(plan.seeds) else ""
+            rows.append([network, name + lacking, *(_spread([one[key] for one in found]) for key in titles)])
+    parts = [
         "## Probe of the frozen encoders",
         "Scans held back; mean over seeds, and the lowest and highest seed. Retrieval: how often the same region of another patient is "
         "the nearest one. Place: how far the most similar token of another patient lies from the right place. Linear: how well "
-        "organs are read off single tokens (mean r). `alice probe --help` says more.",
+        "organs are read off single tokens (mean r). The encoder is the one that is exported, which for some methods is the teacher's. "
+        "`alice probe --help` says more.",
         _table(["network", "encoder", *titles.values()], rows),
+    ]
+    if len(plan.seeds) >= FEWEST_SEEDS:
+        parts += _probe_differences(plan, probed)
+    return parts
+
+
+def _probe_differences(plan: Plan, probed: Rows) -> list[str]:
+    """Paired by patient and seed: retrieval and place error of each two trained arms that are compared."""
+    lines: dict[tuple[str, str, str], dict[str, np.ndarray]] = {}
+    for network in plan.networks:
+        of = {(row["arm"], row["seed"]): row["by_patient"] for row in probed if row["network"] == network}
+        for a, b in plan.pairs:
+            if not all((arm, seed) in of for arm in (a, b) for seed in plan.seeds):
+                continue
+            for key, title in (("retrieval", "retrieval"), ("place_mm", "place, mm")):
+                patients = sorted(of[a, plan.seeds[0]][key])
+                table = [[of[b, s][key][p] - of[a, s][key][p] for p in patients] for s in plan.seeds]
+                lines.setdefault((f"{network}, {title}", a, b), {})["d"] = np.array(table)
+    if not lines or min(one["d"].shape[1] for one in lines.values()) < MIN_CASES:
+        return []
+    differences = {key: one["d"] for key, one in lines.items()}
+    p_values = [signed_rank_p(d.mean(axis=0)) for d in differences.values()]
+    told = {
+        key: (float(d.mean()), bootstrap_interval(d), p)
+        for (key, d), p in zip(differences.items(), holm(p_values), strict=True)
+    }
+    rows = []
+    for (name, a, b), (difference, interval, p) in told.items():
+        digits = 3 if name.endswith("retrieval") else 1
+        text = f"{difference:+.{digits}f} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
+        bold = "**" if interval.low > 0 or interval.high < 0 else ""
+        rows.append([name, a, b, f"{bold}{text}{bold}", _p(p)])
+    said = []
+    for ending, more in (("retrieval", "better"), ("place, mm", "worse")):
+        chosen = {key: value for key, value in told.items() if key[0].endswith(ending)}
+        said += [verdict(plan, chosen, a, b, more) for a, b in plan.pairs]
+    return [
+        "\n".join(said),
+        f"B - A by patient and seed, intervals and p as for scores; Holm: adjusted for these rows. A place error is better where it is lower. {FEW}",
+        _table(["", "A", "B", "B - A", "Holm"], rows),
     ]
 
 
@@ -279,36 +354,17 @@ def _costs(plan: Plan, costs: Mapping[str, Any]) -> list[str]:
     rows = []
     for name, one in costs.items():
         network, arm = name.split("/")
-        crops = one["iterations"] * one["crops a step"]
-        flops = one["flops a step"] / one["crops a step"] / 1e9
+        crops, flops = one["steps"] * one["crops a step"], one["flops a step"] / one["crops a step"] / 1e9
         rows.append(
-            [
-                network,
-                arm,
-                f"{one['iterations']:,.0f}",
-                f"{crops:,.0f}",
-                f"{flops:.2f}",
-                _spread(one["seconds"]),
-                _spread(one["cpu_seconds"]),
-            ]
+            [network, arm, f"{one['steps']:,.0f}", f"{crops:,.0f}", f"{flops:.2f}", _spread(one["seconds"])]
             + [f"{one[key] / 1e6:.2f}" for key in ("parameters", "parameters trained")]
         )
     budget = "".join(f"Every arm spends {value:g} {unit}. " for unit, value in plan.budget.items())
-    header = [
-        "network",
-        "arm",
-        "steps",
-        "crops seen",
-        "GFLOP a crop",
-        "seconds",
-        "CPU seconds",
-        "encoder, M",
-        "trained, M",
-    ]
+    header = ["network", "arm", "steps", "crops seen", "GFLOP a crop", "seconds", "encoder, M", "trained, M"]
     return [
         "## Costs of a pre-training",
-        f"{budget or 'The configs say how many steps. '}Seconds of this machine, with all probes and the start; FLOPs of matrix products, "
-        "convolutions and attention, backward included; parameters in millions.",
+        f"{budget or 'The configs say how many steps. '}Seconds of this machine by the speeds in the log, with the first probe and without the start; "
+        "FLOPs of matrix products, convolutions and attention, backward included; parameters in millions.",
         _table(header, rows),
     ]
 
@@ -317,12 +373,15 @@ def _rates(chosen: Mapping[str, Any]) -> list[str]:
     rates = list(dict.fromkeys(rate for one in chosen.values() for rate in one["tried"]))
     rows = []
     for name, one in chosen.items():
-        cells = ["failed" if one["tried"][rate] is None else f"{one['tried'][rate]:.4g}" for rate in rates]
-        rows.append([*name.split("/"), *cells, "none" if one["rate"] is None else f"{one['rate']:g}"])
+        tried = {rate: one["tried"].get(rate, math.nan) for rate in rates}
+        cells = ["diverged" if v is None else "-" if math.isnan(v) else f"{v:.4g}" for v in tried.values()]
+        taken = "none" if one["rate"] is None else f"{one['rate']:g}"
+        edge = len(rates) > 1 and taken in (min(rates, key=float), max(rates, key=float))
+        rows.append([*name.split("/"), *cells, f"{taken} (at the edge)" if edge else taken])
     on = next(iter(chosen.values()))["by"]
     return [
         "## Learning rates that were tried",
-        f"The probe's {on} on scans that are not reported, one seed. `failed`: the run diverged or ended with an error.",
+        f"The probe's {on} on scans that are not reported, one seed. A rate at the edge of those that were tried may not be the best one.",
         _table(["network", "arm", *rates, "taken"], rows),
     ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -21,19 +20,34 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 
 from custom.bundles.estimate import estimate
+from custom.bundles.preflight import check_keys
+from custom.data.intake.manifest import Manifest, is_manifest
 from custom.data.layouts import case_name
 from custom.data.scans import Scan, list_scans
+from custom.data.store.volume_store import VolumeStore
 from custom.engine.run_log import read_log
 from custom.errors import AliceError, plain_message, shown
+from custom.evaluation.probe import encoder_probe
 from custom.evaluation.scores.csv_rows import write_rows
 from custom.evaluation.scores.rules import ScoringRule
 from custom.evaluation.scores.score_folder import plain_rule, score_folder
 from custom.files import write_text
-from custom.study.plan import FIGURES, PRETRAIN, Plan, Run, bundle_words, runs_of, trained_arms, trials_of
-
-logger = logging.getLogger(__name__)
+from custom.methods.run_folder import load_run
+from custom.processes import end_with_parent, locked
+from custom.study.plan import (
+    FIGURES,
+    PRETRAIN,
+    Plan,
+    Run,
+    bundle_words,
+    digest_of,
+    runs_of,
+    trained_arms,
+    trials_of,
+)
 
 TOLERANCE_MM = 2.0  # of the NSD; that of alice score --rules plain
 FEWEST_STEPS = 10  # of a pre-training; a budget for fewer is a slip
@@ -60,20 +74,24 @@ class Sweep:
         """Prepare, examine every arm, choose rates, and make the runs.
 
         Raises:
-            AliceError: before any training, if an arm, network or the data are refused.
+            AliceError: before any training, if an arm, network or the data are refused, or another sweep is at work here.
         """
-        self.prepare()
-        self.examine()
-        self.choose()
-        listed = list(runs_of(self.plan))
-        for number, run in enumerate(listed, start=1):
-            start = time.perf_counter()
-            try:
-                told = "made" if self.make(run) else "was there"
-            except RunFailed as error:
-                self.failed[run.folder.as_posix()] = told = str(error)
-            seconds = time.perf_counter() - start
-            print(f"{number} of {len(listed)}: {run.folder.as_posix()}: {told} ({seconds:.0f} s)", flush=True)
+        with locked(self.work / "sweep.lock", "alice compare-methods", instead="another work folder"):
+            self.prepare()
+            self.examine()
+            self.choose()
+            listed = list(runs_of(self.plan))
+            for number, run in enumerate(listed, start=1):
+                start = time.perf_counter()
+                try:
+                    told = "made" if self.make(run) else "was there"
+                except AliceError as error:
+                    self.failed[run.folder.as_posix()] = told = str(error)
+                seconds = time.perf_counter() - start
+                print(
+                    f"{number} of {len(listed)}: {run.folder.as_posix()}: {told} ({seconds:.0f} s)",
+                    flush=True,
+                )
 
     # -- before the first run ------------------------------------------------------
 
@@ -87,18 +105,24 @@ class Sweep:
         Raises:
             AliceError: if WORK was made by other settings or of other scans, or a role has nobody or somebody of another.
         """
-        found = list_scans(self.scans)
+        found = _scans_of(self.scans)
         stamp, made_of = self.work / "settings.sha256", self._digest(found)
         if stamp.is_file() and stamp.read_text(encoding="utf-8") != made_of:
             raise AliceError(
                 f"{self.work}: its runs were made with other settings or of other scans; name another folder."
             )
         roles = self._roles(found)
+        write_text(stamp, made_of)  # before labels are copied, so that no other settings take the copies over
         records = [self._record(scan, fold=0 if scan.name in roles["held_back"] else 1) for scan in found]
         labelled = [record for record in records if "label" in record]
         if self.plan.labelled and not {0, 1} <= {record["fold"] for record in labelled}:
             raise AliceError(
                 f"{self.scans}: labels are needed of scans held back ({self.plan.held_back!r}) and of others."
+            )
+        there = len({record["patient"] for record in labelled if record["fold"] == 1})
+        if too_many := [n for n in self.plan.labelled if isinstance(n, int) and n > there]:
+            raise AliceError(
+                f"{self.scans}: labelled asks for {too_many} patients; {there} are labelled and not held back."
             )
         images = [{"image": record["image"]} for record in labelled if record["fold"] == 0]
         lists = {
@@ -110,7 +134,6 @@ class Sweep:
         }
         for name, content in lists.items():
             write_text(self.work / f"{name}.json", json.dumps(content, indent=1))
-        write_text(stamp, made_of)
 
     def _roles(self, found: Sequence[Scan]) -> dict[str, list[str]]:
         """Names of scans by role; no patient has two."""
@@ -133,6 +156,15 @@ class Sweep:
         for role, pattern in patterns.items():
             if pattern and not roles[role]:
                 raise AliceError(f"{self.scans}: no scan of {len(found)} matches {role} {pattern!r}.")
+        for role in ("choosing", "held_back"):
+            if (
+                roles[role]
+                and len({p for p, r in patients.items() if r == role}) < 2
+                and (role == "choosing" or not self.plan.labelled)
+            ):
+                raise AliceError(
+                    f"{self.scans}: one patient matches {role} {patterns[role]!r}; the probe compares two or more."
+                )
         if len({p for p, role in patients.items() if role == "training"}) < 2:
             raise AliceError(
                 f"{self.scans}: {len(roles['training'])} of {len(found)} scans are left to train on; two patients are needed."
@@ -157,50 +189,65 @@ class Sweep:
     def examine(self) -> None:
         """Take a few steps of every arm, so that what cannot run is refused by name, and costs are known.
 
-        Writes ``examined/NETWORK/ARM.json``: what a step takes, and the iterations that the budget buys.
+        Writes ``examined/NETWORK/ARM.json``: what a step takes, and of which settings that is.
 
         Raises:
             AliceError: naming network and arm.
         """
         for network in self.plan.networks:
+            for way in self.plan.ways if self.plan.labelled else ():
+                self._check_settings(network, way)
             for arm in trained_arms(self.plan):
-                path = self.work / "examined" / network / f"{arm}.json"
-                if path.is_file():
-                    continue
                 files = self.plan.pretrain_files(network, arm)
+                path, made_of = self._examined(network, arm), digest_of(*files)
+                if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["made_of"] == made_of:
+                    self._costs(network, arm)
+                    continue
                 overrides = {
                     "dataset_dir": str(self.work / "scans.json"),
                     "store_dir": str(self.store(files)),
                 }
                 self._build_store(files, overrides)
-                made = in_process(
-                    _measure,
-                    self.work / "examine.log",
-                    [str(f) for f in [*files, self._split()]],
-                    overrides,
-                    path,
+                named = [str(f) for f in [*files, self._split()]]
+                told = in_process(_measure, self.work / "examine.log", named, overrides, path, made_of)
+                if told is not None:
+                    raise AliceError(f"{arm}, {network}: {told}")
+                self._costs(network, arm)
+
+    def _check_settings(self, network: str, way: str) -> None:
+        """Refuse a setting of fine-tuning or inference that its bundle does not have, or that its objects do not take."""
+        for files in (self.plan.finetune_files(network, way), self.plan.inference_files(network)):
+            base, *overrides = files
+            complete = self.plan.settings(base)
+            for path in overrides:
+                own = self.plan.settings(path)
+                text = json.dumps(own, default=str)
+                check_keys(complete, {k: v for k, v in own.items() if f"@{k}" not in text}, str(path))
+                complete |= own
+
+    def _examined(self, network: str, arm: str) -> Path:
+        return self.work / "examined" / network / f"{arm}.json"
+
+    def _costs(self, network: str, arm: str) -> dict[str, Any]:
+        """What a step of an arm takes, and the iterations that the budget buys.
+
+        Raises:
+            AliceError: if these are very few.
+        """
+        costs: dict[str, Any] = json.loads(self._examined(network, arm).read_text(encoding="utf-8"))
+        for unit, budget in self.plan.budget.items():
+            costs["iterations"] = math.floor(budget / costs[f"{unit} a step"])
+            if costs["iterations"] < FEWEST_STEPS:
+                raise AliceError(
+                    f"{arm}, {network}: a budget of {budget:g} {unit} is {costs['iterations']} steps; take a larger one."
                 )
-                if made is not None:
-                    raise AliceError(f"{arm}, {network}: {made}")
-                self._iterations(path, f"{arm}, {network}")
+        return costs
 
     def _build_store(self, files: Sequence[Path], overrides: dict[str, str]) -> None:
         if not (Path(overrides["store_dir"]) / "index.json").is_file():
             told = in_process(_build, self.work / "build.log", [str(f) for f in files], overrides)
             if told is not None:
                 raise AliceError(told)
-
-    def _iterations(self, path: Path, who: str) -> None:
-        """Add to an arm's costs the iterations that the budget buys."""
-        costs = json.loads(path.read_text(encoding="utf-8"))
-        for unit, budget in self.plan.budget.items():
-            costs["iterations"] = math.floor(budget / costs[f"{unit} a step"])
-            if costs["iterations"] < FEWEST_STEPS:
-                path.unlink()
-                raise AliceError(
-                    f"{who}: a budget of {budget:g} {unit} is {costs['iterations']} steps; take a larger one."
-                )
-        write_text(path, json.dumps(costs, indent=1))
 
     def store(self, files: Sequence[Path]) -> Path:
         """The store of a pre-training: one for each spacing."""
@@ -215,58 +262,103 @@ class Sweep:
     def choose(self) -> None:
         """Try the plan's learning rates for every arm. ``chosen.json`` has the figures of all, and the best rate.
 
-        A rate that diverges has the figure null. An arm of which all diverge fails; the sweep goes on.
+        A rate that diverges has the figure null, and the sweep goes on. A trial that fails otherwise is not judged: its arm waits
+        for the next sweep, which tries it again.
         """
         chosen: dict[str, Any] = {}
+        failed = set()
         for run in trials_of(self.plan):
-            figure = self._trial(run)
-            of_arm = chosen.setdefault(
-                f"{run.network}/{run.arm}", {"by": self.plan.choose["by"], "tried": {}}
-            )
+            name = f"{run.network}/{run.arm}"
+            of_arm = chosen.setdefault(name, {"by": self.plan.choose["by"], "tried": {}})
+            try:
+                figure = self._trial(run)
+            except AliceError as error:
+                failed.add(name)
+                print(f"{run.folder.as_posix()}: {error}", flush=True)
+                continue
             of_arm["tried"][f"{run.rate:g}"] = figure
-            told = "failed" if figure is None else f"{self.plan.choose['by']} {figure:.4f}"
+            told = "diverged" if figure is None else f"{self.plan.choose['by']} {figure:.4f}"
             print(f"{run.folder.as_posix()}: {told}", flush=True)
-        for of_arm in chosen.values():
+        for name, of_arm in chosen.items():
             sign = FIGURES[self.plan.choose["by"]]
             ended = {
                 float(rate): sign * value for rate, value in of_arm["tried"].items() if value is not None
             }
-            of_arm["rate"] = max(ended, key=lambda rate: ended[rate]) if ended else None
+            of_arm["rate"] = (
+                max(ended, key=lambda rate: ended[rate]) if ended and name not in failed else None
+            )
         if chosen:
             write_text(self.work / "chosen.json", json.dumps(chosen, indent=1))
 
     def _trial(self, run: Run) -> float | None:
+        """The figure of a rate; None if it diverged."""
         folder = self.work / run.folder
+        self._same(run)
         result = folder / "figure.json"
         if not result.is_file():
+            value = None
             try:
                 self.pretrain(run)
-                value = last_probe(folder).get(self.plan.choose["by"])
+                value = self._probe(run)["trained"].get(self.plan.choose["by"])
+                if value is None:
+                    raise RunFailed(f"{folder}: the probe has no {self.plan.choose['by']} on these scans.")
             except RunFailed as error:
-                logger.warning("%s", error)
-                value = None
-            finite = value is not None and math.isfinite(value)
-            write_text(result, json.dumps(value if finite else None))
+                if "not finite" not in str(error):  # of the engine's NonFiniteLoss
+                    raise
+            write_text(result, json.dumps(value if value is not None and math.isfinite(value) else None))
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         found = json.loads(result.read_text(encoding="utf-8"))
         return None if found is None else float(found)
+
+    def _same(self, run: Run) -> None:
+        """Refuse a folder whose run was made with other settings; note those of a new one.
+
+        Raises:
+            AliceError: naming the folder.
+        """
+        path, made_of = self.work / run.folder / "made_of.sha256", self._made_of(run)
+        if not path.is_file():
+            write_text(path, made_of)
+        elif path.read_text(encoding="utf-8") != made_of:
+            raise AliceError(
+                f"{path.parent}: was made with other settings. Delete it to make it again, or name another work folder."
+            )
+
+    def _made_of(self, run: Run) -> str:
+        """All that decides what a run gives, but the scans."""
+        plan = self.plan
+        spends: list[Any] = []
+        if plan.arms[run.arm]:
+            files = plan.pretrain_files(run.network, run.arm)
+            rate = run.rate if run.rate is not None else self._chosen(run)
+            spends = [*files, self._costs(run.network, run.arm)["iterations"], rate, run.seed]
+        if run.labelled is None:
+            return digest_of(*spends)
+        assert run.way is not None
+        tuned = [*plan.finetune_files(run.network, run.way), *plan.inference_files(run.network)]
+        return digest_of(*spends, plan.bundle, *tuned, run.labelled, run.seed)
 
     def make(self, run: Run) -> bool:
         """Make a run unless it is there; whether there was something to do.
 
         Raises:
-            RunFailed: naming the log.
+            AliceError: naming the log, if it fails; or the folder, if it was made with other settings.
         """
         folder = self.work / run.folder
+        self._same(run)
         if run.labelled is None:
-            if (folder / "encoder.safetensors").is_file():
+            if (folder / "probe.json").is_file():
                 return False
             self.pretrain(run)
             self._export(run)
+            self._probe(run)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             return True
         if (folder / "rows.csv").is_file():
             return False
-        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+        for path in folder.iterdir():  # what an interrupted run left
+            if path.name != "made_of.sha256":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.finetune(run)
         predictions = folder / "predictions"
         words = bundle_words(
@@ -288,27 +380,30 @@ class Sweep:
         return plain_rule(self.plan.organs, TOLERANCE_MM)
 
     def pretrain(self, run: Run) -> None:
-        """A pre-training, or a trial of a rate; a stopped one goes on."""
+        """A pre-training, or a trial of a rate; a stopped one goes on.
+
+        Raises:
+            RunFailed: if it ends with an error, or before its last step.
+        """
         plan, folder = self.plan, self.work / run.folder
         files = plan.pretrain_files(run.network, run.arm)
-        costs = json.loads(
-            (self.work / "examined" / run.network / f"{run.arm}.json").read_text(encoding="utf-8")
-        )
+        steps = int(self._costs(run.network, run.arm)["iterations"])
         settings: dict[str, Any] = {
             "dataset_dir": self.work / "scans.json",
             "store_dir": self.store(files),
             "output_dir": folder,
             "seed": run.seed,
-            "probe_every": costs["iterations"],
+            "probe_every": steps + 1,  # the untrained encoder alone; the exported one is probed afterwards
         }
         if plan.budget:
-            settings["iterations"] = costs["iterations"]
+            settings["iterations"] = steps
         if rate := run.rate or self._chosen(run):
             settings["learning_rate"] = rate
         words = bundle_words(PRETRAIN, [*files, self._split(choosing=run.rate is not None)], settings)
-        spent = execute(words, folder / "pretrain.log")
-        before = json.loads((folder / "spent.json").read_text()) if (folder / "spent.json").is_file() else {}
-        write_text(folder / "spent.json", json.dumps({k: v + before.get(k, 0.0) for k, v in spent.items()}))
+        execute(words, folder / "pretrain.log")
+        done = max((line["step"] for line in read_log(folder)), default=0)
+        if done < steps:
+            raise RunFailed(f"{folder}: was stopped after {done} of {steps} steps; the next sweep goes on.")
 
     def _chosen(self, run: Run) -> float | None:
         if not self.plan.choose:
@@ -318,6 +413,17 @@ class Sweep:
         if rate is None:
             raise RunFailed(f"{run.arm}, {run.network}: no learning rate that was tried ended well.")
         return rate
+
+    def _probe(self, run: Run) -> dict[str, Any]:
+        """Measure the encoder that is exported; ``probe.json`` has the figures, untrained and trained, and those of each patient."""
+        folder = self.work / run.folder
+        told = in_process(
+            _probe_run, folder / "probe.log", folder, self._split(run.rate is not None), folder / "probe.json"
+        )
+        if told is not None:
+            raise RunFailed(f"{folder}: {told}")
+        found: dict[str, Any] = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
+        return found
 
     def _export(self, run: Run) -> None:
         folder = self.work / run.folder
@@ -334,13 +440,14 @@ class Sweep:
     def finetune(self, run: Run) -> None:
         """A fine-tuning; arms of a row differ in ``pretrained`` alone."""
         folder = self.work / run.folder
-        settings = {
+        settings: dict[str, Any] = {
             "dataset_dir": self.work / "labelled.json",
             "output_dir": folder,
             "ckpt_dir": folder,
             "labelled": run.labelled,
             "seed": run.seed,
             "fold_seed": run.seed,
+            "validate::dataset::data": [],  # the last network is scored, not the best on the patients that score it
         }
         if self.plan.arms[run.arm]:
             encoder = self.work / Run(run.network, run.arm, run.seed).folder / "encoder.safetensors"
@@ -350,16 +457,13 @@ class Sweep:
         assert run.way is not None
         words = bundle_words(self.plan.bundle, self.plan.finetune_files(run.network, run.way), settings)
         execute(words, folder / "finetune.log")
-
-
-def last_probe(folder: Path) -> dict[str, float]:
-    """Figures of the last probe of a run, as ``{retrieval: ...}``."""
-    found: dict[str, float] = {}
-    for line in read_log(folder):
-        found |= {
-            key.removeprefix("probe/"): value for key, value in line.items() if key.startswith("probe/")
-        }
-    return found
+        last = torch.load(folder / "checkpoints" / "last.pt", map_location="cpu", weights_only=True)[
+            "trainer"
+        ]
+        if last["iteration"] < last["max_epochs"] * last["epoch_length"]:
+            raise RunFailed(
+                f"{folder}: was stopped after {last['iteration']} steps; the next sweep begins it again."
+            )
 
 
 def execute(words: Sequence[str], log: Path) -> dict[str, float]:
@@ -396,6 +500,7 @@ def _into(log: Path) -> None:
 
 
 def _as_command(words: list[str], log: Path) -> None:
+    end_with_parent()
     _into(log)
     sys.argv = ["-m", *words[1:]]
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)
@@ -419,6 +524,7 @@ def in_process(function: Callable[..., None], log: Path, *arguments: Any) -> str
 
 
 def _called(function: Callable[..., None], log: Path, sending: Any, arguments: Sequence[Any]) -> None:
+    end_with_parent()
     _into(log)
     try:
         function(*arguments)
@@ -427,6 +533,11 @@ def _called(function: Callable[..., None], log: Path, sending: Any, arguments: S
         message = plain_message(error)
         sending.send(message if message is not None else f"{type(error).__name__}: {error} (see {log})")
         raise
+
+
+def _scans_of(source: Path) -> list[Scan]:
+    """The scans of a folder, datalist or manifest."""
+    return Manifest.load(source).scans() if is_manifest(source) else list_scans(source)
 
 
 def _build(files: list[str], overrides: dict[str, str]) -> None:
@@ -439,10 +550,30 @@ def _build(files: list[str], overrides: dict[str, str]) -> None:
     parser.get_parsed_content("store")
 
 
-def _measure(files: list[str], overrides: dict[str, str], to: Path) -> None:
+def _probe_run(folder: Path, split: Path, to: Path) -> None:
+    """Figures of the encoder that a run exports, on the scans that its split holds back."""
+    run = load_run(folder)
+    held = json.loads(split.read_text(encoding="utf-8"))["split"][1]
+    options = {name: run.summary[name] for name in ("crop_size", "window_hu")}
+    probe = encoder_probe(VolumeStore(run.summary["store_dir"]), held, **options)
+    if probe is None:
+        raise AliceError("a probe needs scans of two patients; let the patterns take more of them.")
+    trained = probe(run.student.encoder)
+    first = next(line for line in read_log(folder) if line["step"] == 0)
+    found = {
+        "step": run.iteration,
+        "untrained": {k: first.get(f"probe/{k}") for k in FIGURES},
+        "trained": {k: trained.get(k) for k in FIGURES},
+        "by_patient": probe.by_patient,
+    }
+    write_text(to, json.dumps(found, indent=1))
+
+
+def _measure(files: list[str], overrides: dict[str, str], to: Path, made_of: str) -> None:
     """What a step of a pre-training takes on this machine."""
     made = {figure.name: figure.value for figure in estimate(files, overrides).figures}
     costs = {
+        "made_of": made_of,
         "iterations": made["iterations"],
         "crops a step": made["crops a step"],
         "seconds a step": 3600 * (made["hours"] or 0.0) / (made["iterations"] or 1.0),
@@ -454,13 +585,19 @@ def _measure(files: list[str], overrides: dict[str, str], to: Path) -> None:
 
 
 def _without(label: Path, values: Sequence[int], to: Path) -> Path:
-    """A copy of a label map with some values made background."""
+    """A copy of a label map with some values made background.
+
+    Raises:
+        AliceError: for a label that is no NIfTI.
+    """
     if not to.is_file():
+        if not label.name.endswith((".nii", ".nii.gz")):
+            raise AliceError(f"{label}: drop_labels needs labels in NIfTI.")
         found = nib.load(label)
         voxels = np.asarray(found.dataobj)
         to.parent.mkdir(parents=True, exist_ok=True)
         draft = to.with_name(f"draft-{os.getpid()}-{to.name}")
-        kept = np.where(np.isin(voxels, values), 0, voxels).astype(np.uint8)
+        kept = np.where(np.isin(voxels, values), 0, voxels).astype(np.uint16)
         nib.save(nib.Nifti1Image(kept, found.affine), draft)
         os.replace(draft, to)
     return to

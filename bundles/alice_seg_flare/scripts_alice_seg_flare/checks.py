@@ -71,10 +71,15 @@ def _space_problem(path: str) -> str:
     with open(path, "rb") as file:
         header = file.read(4096).split(b"\n\n")[0]
     found = re.search(rb"^space:\s*(LAS|left-anterior-superior)\s*$", header, re.IGNORECASE | re.MULTILINE)
-    old = [int(n) for n in re.findall(r"\d+", metadata.version("itk"))[:3]] < [5, 4, 7] if found else False
-    return (
-        "is a NRRD in left-anterior-superior, which ITK before 5.4.7 turns; pip install -U itk" if old else ""
-    )
+    if not found:
+        return ""
+    try:
+        version = metadata.version("itk")
+    except metadata.PackageNotFoundError:  # MONAI reads it by another package
+        return ""
+    if [int(n) for n in re.findall(r"\d+", version)[:3]] >= [5, 4, 7]:
+        return ""
+    return "is a NRRD in left-anterior-superior, which ITK before 5.4.7 turns; pip install -U itk"
 
 
 class CheckScan(MapTransform):

@@ -31,8 +31,8 @@ def read_map(label_map: LabelMap | None, labels: Sequence[str]) -> dict[int, int
     value_of = {"background": 0} | {organ_of(name): value for value, name in enumerate(labels, 1)}
     found = {}
     for key, to in dict(label_map or {}).items():
-        number = int(to) if str(to).isdigit() else value_of.get(organ_of(str(to)), -1)
-        if not str(key).isdigit() or not 0 <= number <= len(labels):
+        number = int(to) if str(to).isdecimal() else value_of.get(organ_of(str(to)), -1)
+        if not str(key).isdecimal() or not 0 <= number <= len(labels):
             raise ValueError(
                 f"label_map: {key!r}: {to!r} maps no value of the data to 0 to {len(labels)} or to one of labels; write "
                 '"{1: 3}" or "{1: \'spleen\'}".'

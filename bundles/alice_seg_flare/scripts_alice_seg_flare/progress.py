@@ -13,7 +13,7 @@ class Progress:
     """Handler that prints epochs (of a training) or cases (of an evaluator) done, of how many, and the time left.
 
     Args:
-        unit: ``epoch`` or ``case``.
+        unit: ``epoch``, or ``case`` where a batch is one.
     """
 
     def __init__(self, unit: str) -> None:
