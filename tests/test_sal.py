@@ -344,7 +344,7 @@ def test_collapse_is_told(store, tmp_path, caplog):
 
 def test_alarms_are_about_what_was_measured():
     method = Sal(SalStudent(encoder(), 8))
-    method.loss.remember(torch.tensor([0.3, 0.06]))
+    method.loss.remember(torch.tensor([0.3, 0.09]))
     method.loss.remember(torch.tensor([0.2, 0.2]))  # the first step's stay
     healthy = {"sal/local_variance": 0.06, "sal/map_variance": 0.04}
     assert not method.alarms(healthy, {}) and not method.alarms({}, {})

@@ -21,7 +21,7 @@ from custom.methods.rivals.two_views import AlikeAlarm, log_of
 from custom.methods.sal.losses import check_windows, global_term, local_term, variance
 from custom.processes import mean_over_processes, world_size
 
-LEAST_VARIANCE = 0.05  # below it, and below half of what it was untrained, a run warns (ours)
+LEAST_VARIANCE = 0.05  # below it, and below a third of what it was untrained, a run warns (ours)
 
 
 class CollapseAlarm(AlikeAlarm):
@@ -43,7 +43,7 @@ class CollapseAlarm(AlikeAlarm):
 
     def least(self) -> list[float]:
         """The variances below which a run warns."""
-        return (self.untrained / 2).clamp(max=LEAST_VARIANCE).tolist()
+        return (self.untrained / 3).clamp(max=LEAST_VARIANCE).tolist()
 
 
 class SalOutput(NamedTuple):
