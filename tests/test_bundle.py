@@ -129,6 +129,9 @@ def test_chores_on_a_run_are_commands(trained, tmp_path, capsys):
     lines = {line[:18].strip(): line[18:].split() for line in capsys.readouterr().out.splitlines()}
     assert {"raw intensities", "untrained", "step 6", "chance", "aligner coordinate"} <= set(lines)
     assert 0 <= float(lines["step 6"][0]) <= 1 and float(lines["aligner coordinate"][0]) > 0
+    alice(["properties", str(trained), "--boxes", "4", "--batch", "4", "--json", str(tmp_path / "p.json")])
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert list(found) == ["untrained", "step 6"] and found["step 6"]["chance"][0] == 0.25
     alice(["picture", str(trained), str(tmp_path / "p.png")])
     assert (tmp_path / "p.png").stat().st_size > 10_000
     with pytest.raises(SystemExit) as refused:

@@ -148,7 +148,7 @@ class PartsProbe:
             without.append(hole)
             box.append(self._enlarged(crop[place]))
             patients.append(self.store.patient(name))
-        return Boxes(*(torch.stack(found) for found in (whole, parts, without, box)), patients)
+        return Boxes(torch.stack(whole), torch.stack(parts), torch.stack(without), torch.stack(box), patients)
 
     def _enlarged(self, part: Tensor) -> Tensor:
         """A part (1, x, y, z) at the crop's size."""

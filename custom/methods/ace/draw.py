@@ -101,8 +101,11 @@ class NestedPair(Draws):
         """Which voxels sample ``index`` shows."""
         name, rng = self._draw_scan(index, without), self._rng(index, 0, without)
         near = self._draw_start(name, rng)
-        axes = zip(near, self.store.shape(name), self.crop_size, self.patch, self.zoom, strict=True)
-        placed = [_place(*(int(n) for n in axis), rng) for axis in axes]
+        sizes = zip(self.crop_size.tolist(), self.patch.tolist(), self.zoom, strict=True)
+        placed = [
+            _place(int(start), side, crop, patch, zoom, rng)
+            for start, side, (crop, patch, zoom) in zip(near, self.store.shape(name), sizes, strict=True)
+        ]
         small, large = (np.array(starts) for starts in zip(*placed, strict=True))
         return NestedPlace(name, small, large)
 
