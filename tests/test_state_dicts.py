@@ -16,7 +16,7 @@ from custom.bundles.network import load_whole
 from custom.transfer.encoder_weights import WeightsError, load_encoder
 
 
-@pytest.mark.parametrize("file", ["state_dicts.py", "published.py"])
+@pytest.mark.parametrize("file", ["pickled.py", "published.py", "state_dicts.py"])
 @pytest.mark.parametrize("name", BUNDLES)
 def test_the_bundles_carry_the_same_rule(name, file):
     copy = REPO / "bundles" / name / f"scripts_{name}" / file

@@ -25,6 +25,7 @@ from custom.encoders.positions import resize_positions
 from custom.errors import AliceError
 from custom.files import parse_json, read_json, read_torch, replacing, write_text
 from custom.landmarks.sam.weights import sha256_of
+from custom.transfer.pickled import plain_values, told_pickled
 from custom.transfer.published import (
     CONV,
     NotRead,
@@ -32,8 +33,6 @@ from custom.transfer.published import (
     find_encoder,
     misfit_hint,
     other_index,
-    plain_values,
-    told_pickled,
 )
 from custom.transfer.state_dicts import is_state, told_keys
 

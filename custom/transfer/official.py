@@ -18,7 +18,7 @@ from custom.encoders.nnformer import NNFormer, PositionEmbedding
 from custom.errors import AliceError
 from custom.files import sha256_of_file
 from custom.landmarks.sam.network import SAM
-from custom.transfer.published import plain_values, told_pickled
+from custom.transfer.pickled import plain_values, told_pickled
 
 logger = logging.getLogger(__name__)
 

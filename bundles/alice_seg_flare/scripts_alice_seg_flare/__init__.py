@@ -26,6 +26,7 @@ from . import (
     layouts,
     locks,
     losses,
+    pickled,
     progress,
     published,
     refusals,
@@ -40,8 +41,8 @@ from . import (
 
 __all__ = [
     "agreement", "averaging", "body", "cases", "chance", "checks", "examine", "files", "labels", "layouts", "locks",
-    "losses", "of", "progress", "published", "refusals", "resume", "scans", "scores", "settings", "state_dicts", "stop",
-    "training", "weights",
+    "losses", "of", "pickled", "progress", "published", "refusals", "resume", "scans", "scores", "settings", "state_dicts",
+    "stop", "training", "weights",
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .pickled import plain_values, told_pickled
 from .published import (
     Found,
     NotRead,
@@ -19,8 +20,6 @@ from .published import (
     find_encoder,
     misfit_hint,
     other_index,
-    plain_values,
-    told_pickled,
 )
 from .state_dicts import is_state, told_keys, way_out
 
