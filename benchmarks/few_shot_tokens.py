@@ -38,7 +38,7 @@ WINDOW, CROP, PATCH = (-175.0, 250.0), (48, 32, 48), 8
 NOTE = """Written by `benchmarks/few_shot_tokens.py --report` from the rows beside it. DSC of four organs on the grid of 3 x 3 x 4 mm, mean over
 patients held back, with the 95 % interval of a bootstrap over runs and patients. Differences are paired by run and patient; those whose interval
 excludes 0 are bold. p: signed-rank test on patients, runs averaged; Holm: adjusted for all rows. A run is a seed of pre-training and a choice of
-who is labelled; the bootstrap takes runs for independent, although three of them share a pre-training, so intervals are rather too narrow."""
+who is labelled; runs that an arm lacks are left out. The bootstrap takes runs for independent, although three of them share a pre-training, so intervals are rather too narrow."""
 ORGANS = {1: "brainstem", 2: "spinal cord", 3: "right parotid", 4: "left parotid"}
 
 
@@ -189,8 +189,10 @@ def report(folder: Path, arms: Sequence[str]) -> str:
             for arm in arms
             if (folder / arm / f"{name}.csv").is_file()
         }
+        if len(rows) < len(arms):
+            continue
         seeds = set.intersection(*({row["seed"] for row in found} for found in rows.values()))
-        if len(rows) < len(arms) or len(seeds) < 3:
+        if len(seeds) < 3:
             continue
         rows = {arm: [row for row in found if row["seed"] in seeds] for arm, found in rows.items()}
         way, labelled, steps = re.match(r"(\w+)_labelled-(\d+)_steps-(\d+)", name).groups()  # type: ignore[union-attr]

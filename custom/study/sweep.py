@@ -200,7 +200,7 @@ class Sweep:
             for arm in trained_arms(self.plan):
                 files = self.plan.pretrain_files(network, arm)
                 path, made_of = self._examined(network, arm), digest_of(*files)
-                if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["made_of"] == made_of:
+                if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("made_of") == made_of:
                     self._costs(network, arm)
                     continue
                 overrides = {

@@ -13,6 +13,7 @@ import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ def plain_values() -> Iterator[None]:
     scalar = np.float64(0).__reduce__()[0]
     numbers = {type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}
     names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # numpy 1, numpy 2
-    allowed = [argparse.Namespace, np.dtype, *names, *numbers]
+    allowed: list[Any] = [argparse.Namespace, np.dtype, *names, *numbers]
     with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's warnings about files that it then refuses
         yield
