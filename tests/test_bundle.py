@@ -1,5 +1,6 @@
 """The bundle from its YAML; the slow tests run it as its users do: from another directory, killed, on two processes."""
 
+import contextlib
 import json
 import os
 import re
@@ -123,12 +124,13 @@ def test_a_run_leaves_checkpoints_log_and_an_encoder_for_stock_unetr(trained, tm
 
 def test_chores_on_a_run_are_commands(trained, tmp_path, capsys):
     alice(["probe", str(trained)])
-    alice(["properties", str(trained), "--boxes", "4", "--batch", "4", "--json", str(tmp_path / "p.json")])
-    found = json.loads((tmp_path / "p.json").read_text())
-    assert list(found) == ["untrained", "step 6"] and found["step 6"]["chance"][0] == 0.25
     lines = {line[:18].strip(): line[18:].split() for line in capsys.readouterr().out.splitlines()}
     assert {"raw intensities", "untrained", "step 6", "chance", "aligner coordinate"} <= set(lines)
     assert 0 <= float(lines["step 6"][0]) <= 1 and float(lines["aligner coordinate"][0]) > 0
+    for which, message in (("pupil", "which must be student or teacher, got 'pupil'"), ("teacher", None)):
+        with pytest.raises(SystemExit) if message else contextlib.nullcontext():
+            alice(["export", str(trained), "--to", str(tmp_path / "w.safetensors"), "--which", which])
+        assert (message or "w.safetensors") in "".join(capsys.readouterr())
     alice(["properties", str(trained), "--boxes", "4", "--batch", "4", "--json", str(tmp_path / "p.json")])
     found = json.loads((tmp_path / "p.json").read_text())
     assert list(found) == ["untrained", "step 6"] and found["step 6"]["chance"][0] == 0.25
@@ -322,8 +324,24 @@ def test_a_rival_runs_from_its_file(file, scans, store, tmp_path):
     unetr = UNETR(1, 2, (32, 32, 16), feature_size=4, hidden_size=48, mlp_dim=96, num_heads=4)
     report = load_encoder(unetr, tmp_path / "e.safetensors", verbose=False)
     assert report.metadata["method"] == file.removesuffix(".yaml")
+    if file == "ace.yaml":
+        _check_whose_encoder_is_exported(tmp_path)
     alice(["picture", str(tmp_path), str(tmp_path / "p.png")])
     assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def _check_whose_encoder_is_exported(folder):
+    weights = {}
+    for which in ("student", "teacher"):
+        alice(["export", str(folder), "--to", str(folder / f"{which}.safetensors"), "--which", which])
+        weights[which], about = read_weights(folder / f"{which}.safetensors")
+        assert about["exported"] == which
+    default, about = read_weights(folder / "e.safetensors")
+    assert about["exported"] == "teacher" and "patents pending" in about["notice"]
+    alice(["export", str(folder), "--to", str(folder / "hf"), "--format", "hf"])
+    assert about["notice"] in (folder / "hf" / "README.md").read_text(encoding="utf-8")
+    assert all(torch.equal(value, weights["teacher"][name]) for name, value in default.items())
+    assert any(not torch.equal(value, weights["student"][name]) for name, value in default.items())
 
 
 def test_every_switch_of_the_method_can_be_reached_by_name():

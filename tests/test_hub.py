@@ -49,7 +49,7 @@ def run(tmp_path, monkeypatch):
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     summary = about(net) | {"store_dir": "/home/somebody/store", "held_back": ["patient_17"]}
     student = SimpleNamespace(encoder=SimpleNamespace(encoder=net))
-    monkeypatch.setattr(run_folder, "load_run", lambda _: Run(folder, 10, summary, student))
+    monkeypatch.setattr(run_folder, "load_run", lambda *_: Run(folder, 10, summary, student))
     return net, folder
 
 

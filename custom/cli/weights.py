@@ -25,6 +25,7 @@ def export(
     format: str | None = None,
     license: str | None = None,
     data: str | None = None,
+    which: str | None = None,
 ) -> None:
     """Write a run's encoder for stock MONAI networks, or a bundle's network as TorchScript, ONNX or OpenVINO.
 
@@ -37,11 +38,12 @@ def export(
         weights: other than the bundle's models/model.pt.
         config: files on top of the bundle's inference config, as swin_unetr.yaml.
         tolerance: largest difference to the original network, over its largest output; 1e-3, or 1e-2 with half.
+        img_size: of the encoder: crops of fine-tuning, "[96,96,96]"; its position table is interpolated to them, as
+            ``pretrained`` of the segmentation bundles needs it.
         format: hf, with --to a folder: model.safetensors, config.json and a model card, as the Hugging Face hub has them.
         license: of the weights, for their record and the card.
         data: what they were trained on, in words, for their record and the card.
-        img_size: of the encoder: crops of fine-tuning, "[96,96,96]"; its position table is interpolated to them, as
-            ``pretrained`` of the segmentation bundles needs it.
+        which: student or teacher of a run; without it the one that the method exports (docs/methods.md).
     """
     from custom.bundles import deploy
     from custom.bundles import network as bundle_network
@@ -56,12 +58,16 @@ def export(
                 f"-o, --weights, --config and --tolerance go with --to torchscript, onnx or openvino, not {to!r}."
             )
         told = {key: value for key, value in (("license", license), ("data", data)) if value is not None}
-        _export_encoder(run, to, half, img_size, told, format == "hf")
+        _export_encoder(run, which, to, half, img_size, told, format == "hf")
         return
     if license or data:
         raise AliceError("--license and --data go with an encoder's weights, not with a whole network.")
     if img_size is not None:
         raise AliceError("--img_size goes with an encoder's weights (--to encoder.pt), which have positions.")
+    if which is not None and bundle_network.is_bundle(folder):
+        raise AliceError(
+            "--which goes with a run, which has a student and a teacher; a bundle has one network."
+        )
     if bundle_network.is_bundle(folder):
         overrides = [config] if isinstance(config, str) else list(config)
         network = bundle_network.read_bundle(folder, weights, overrides)
@@ -71,7 +77,8 @@ def export(
             f"{run}: is no bundle, and a run knows its network: leave --weights and --config out."
         )
     else:
-        network, models, stem = _run_network(run), folder.parent if folder.is_file() else folder, "encoder"
+        network, stem = _run_network(run, which), "encoder"
+        models = folder.parent if folder.is_file() else folder
     path = Path(o) if o else models / f"{stem}{deploy.SUFFIXES[to]}"
     found = deploy.export_network(network, to, path, half=half, tolerance=tolerance)
     print(f"{path}: {found}; weights sha256 {network.metadata['sha256'][:16]}...")
@@ -89,15 +96,21 @@ def _check_format(format: str | None, to: str) -> None:
 
 
 def _export_encoder(
-    run: str, to: str, half: bool, img_size: Sequence[int] | None, told: dict[str, Any], as_folder: bool
+    run: str,
+    which: str | None,
+    to: str,
+    half: bool,
+    img_size: Sequence[int] | None,
+    told: dict[str, Any],
+    as_folder: bool,
 ) -> None:
-    """The online encoder's weights, ready for ``load_encoder``."""
+    """An encoder's weights, ready for ``load_encoder``."""
     from custom.engine.run_log import read_log
     from custom.methods.run_folder import load_run
     from custom.transfer.encoder_weights import resize_encoder, save_encoder
     from custom.transfer.hub import save_folder
 
-    loaded = load_run(run)
+    loaded = load_run(run, which)
     encoder, about = loaded.student.encoder.encoder, _shareable(loaded) | told
     if img_size is not None:
         encoder = resize_encoder(encoder, about["network"], img_size)
@@ -181,14 +194,14 @@ def convert(
     print(f"{to}: {written['network_type']}, sha256 {written['sha256'][:16]}...")
 
 
-def _run_network(run: str) -> Deployable:
-    """The online encoder of a run as a network of its own."""
+def _run_network(run: str, which: str | None) -> Deployable:
+    """The encoder of a run as a network of its own."""
     from custom.bundles.network import Deployable
     from custom.encoders.features import FeatureMap
     from custom.methods.run_folder import load_run
     from custom.transfer.encoder_weights import sha256_of
 
-    loaded = load_run(run)
+    loaded = load_run(run, which)
     encoder = loaded.student.encoder.encoder
     channels = loaded.summary["network"].get("in_channels", 1)
     about = _shareable(loaded) | {"sha256": sha256_of(encoder.state_dict())}

@@ -43,7 +43,7 @@ from custom.processes import (
 logger = logging.getLogger(__name__)
 
 # what of a run's summary may differ when it goes on: everything else would make it another run
-MAY_CHANGE = {"iterations", "store_dir", "monai_version", "torch_version"}
+MAY_CHANGE = {"iterations", "store_dir", "monai_version", "torch_version", "notice"}
 
 
 @dataclass(frozen=True)

@@ -62,17 +62,20 @@ def describe(
     }
 
 
-def load_run(folder: str | Path) -> Run:
+def load_run(folder: str | Path, which: str | None = None) -> Run:
     """Rebuild the student of a run from its newest checkpoint.
 
     Where the method exports its teacher, the student holds the teacher's encoder.
 
     Args:
         folder: the run's ``output_dir``, or one checkpoint in it.
+        which: whose encoder it holds, ``student`` or ``teacher``; None takes the one that the method exports.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if there is no checkpoint, or no such encoder in it.
     """
+    if which not in (None, "student", "teacher"):
+        raise CheckpointError(f"which must be student or teacher, got {which!r}.")
     folder = Path(folder)
     path = folder if folder.is_file() else latest_checkpoint(folder / "checkpoints")
     if path is None:
@@ -86,8 +89,11 @@ def load_run(folder: str | Path) -> Run:
         raise CheckpointError(f"{path}: its summary does not say how the student is built.")
     student = build_student(summary["method"], build_encoder(summary), summary["student"])
     weights = content["student"]
+    summary = summary | {"exported": which or summary["exported"]}
     if summary["exported"] == "teacher":
-        taught = {k: v for k, v in content["teacher"].items() if k.startswith("encoder.")}
+        taught = {k: v for k, v in content.get("teacher", {}).items() if k.startswith("encoder.")}
+        if not taught:
+            raise CheckpointError(f"{path}: method {summary['method']!r} has no teacher; take the student.")
         weights = weights | taught
     student.load_state_dict(weights)
     return Run(folder, content["iteration"], summary, student.eval())

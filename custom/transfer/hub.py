@@ -119,6 +119,8 @@ def model_card(metadata: Mapping[str, Any], probe: Mapping[str, float]) -> str:
     lines[-1] = (
         "Converted from a published checkpoint by Alice for MONAI." if "converted" in metadata else lines[-1]
     )
+    if "notice" in metadata:  # of those who published the method
+        lines += ["", f"**Notice.** {metadata['notice']}"]
     lines += ["", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
     stock = _STOCK.get(metadata["network_type"], "the network it was trained in")
     lines += [f"It fills the encoder of {stock}, all tensors or an error:", "", "```python"]

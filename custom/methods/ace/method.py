@@ -32,6 +32,11 @@ from custom.methods.rivals.dino import DinoLoss, freeze_prototypes_while
 from custom.methods.rivals.two_views import Teacher, entropy, log_of, vectors_of
 from custom.methods.terms import centred_cross_entropy, move_centre
 
+NOTICE = (
+    "ACE's authors state that its content is covered by patents pending; check with them before commercial use. "
+    "This is an independent implementation from the published description."
+)
+
 
 class AceViews(NamedTuple):
     """Small and large crops, stacked along the batch: the first half is small, the second large."""
@@ -292,4 +297,5 @@ class Ace(Method):
         names = ("kernels", "sigma", "alphas", "match_temperature", "weight_local", "weight_global")
         loss = {name: getattr(self, name) for name in (*names, "temperature", "teacher_temperature")}
         loss["kernels"] = self.kernels if isinstance(self.kernels, str) else list(self.kernels)
-        return {"student": self.student.settings, "loss": loss, "view": getattr(self.view, "settings", None)}
+        view = getattr(self.view, "settings", None)
+        return {"student": self.student.settings, "loss": loss, "view": view, "notice": NOTICE}
