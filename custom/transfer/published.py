@@ -65,7 +65,7 @@ class Found:
         place: where they lie, in words; "" if the file holds nothing else and its names are the network's.
         changed: what was renamed or written in another layout, and how.
         left_out: tensors of the file that are no part of the encoder.
-        unused: names of cross attention, which only some versions of MONAI have, and no encoder uses.
+        unused: tensors of cross attention, which only some versions of MONAI have, and no encoder uses.
         class_token: (1, 1, C) of a transformer that was trained with one, else None.
     """
 
@@ -73,7 +73,7 @@ class Found:
     place: str = ""
     changed: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, Tensor] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)
+    unused: dict[str, Tensor] = field(default_factory=dict)
     class_token: Tensor | None = None
 
     def told(self) -> str:
@@ -266,7 +266,7 @@ def _taken(place: _Place, family: str, wanted: Shapes) -> Found:
         elif rest == "cls_token" and "cls_token" not in wanted:
             found.class_token = tensor
         elif "cross_attn" in rest:
-            found.unused.append(rest)
+            found.unused[rest] = tensor
         else:
             found.state[rest] = tensor
             if words := place.renamed.get(name, ("", ""))[1]:

@@ -174,7 +174,7 @@ def _encoder_state(encoder: nn.Module, path: str) -> tuple[dict[str, Tensor], Fo
     found = find_encoder(content, shapes)
     if found.class_token is not None:
         raise NotRead(class_token_refusal(type(encoder).__name__))
-    state = fitting(encoder, found.state)
+    state = fitting(encoder, found.state | found.unused)
     if differences(encoder, state) and (hint := misfit_hint(found, shapes)):
         raise NotRead(hint)
     if index := other_index(encoder, found):
