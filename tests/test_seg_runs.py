@@ -72,7 +72,7 @@ def test_other_processes_of_a_run_do_not_ask(tmp_path, scripts, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_second_training_in_a_folder_is_refused_before_it_reads_a_scan(cohort, tmp_path):
+def test_a_second_training_in_a_folder_is_refused_before_it_writes(cohort, tmp_path):
     write_lock(tmp_path)
     settings = TRIAL | {"dataset_dir": cohort, "output_dir": tmp_path, "ckpt_dir": tmp_path}
     words = ["-m", "monai.bundle", "run", "--config_file", str(configs("train")), "--bundle_root", str(FLARE)]
