@@ -43,6 +43,14 @@ CURVES = {
         "tokens tell their number in the crop instead of the anatomy.",
     ),
     "Error of place matching, mm": (("place/mm",), "It falls towards the distance of two tokens."),
+    "Hits of composition and decomposition": (
+        ("l_comp/hits", "l_decomp/hits"),
+        "They rise above one in the number of merged, and of split, tokens.",
+    ),
+    "Divergence from the teacher": (
+        ("l_global/kl", "l_d/kl", "l_cls/kl"),
+        "It falls. Near 0 while the teacher's answers are uniform, it says nothing.",
+    ),
     "Gradient": (("grad_norm",), "Steady after the warm-up. Jumps say that the learning rate is too high."),
     "Learning rate": (("learning_rate",), "It rises in the warm-up, then falls as a cosine."),
     "Spread of pooled vectors": (
@@ -198,7 +206,7 @@ def _probe(page: Page, shown: Sequence[Shown]) -> None:
 
 
 def _curves(shown: Sequence[Shown], keys: Sequence[str], points: bool = False) -> Figure | None:
-    """Values over steps; the first run is drawn in one colour, the second in another. None if nobody has the first key."""
+    """Values over steps; the first run is drawn in one colour, the second in another. None if nobody has any."""
     figure = Figure(figsize=(7.5, 2.6), layout="constrained")
     axes = figure.add_subplot()
     styles = ("-", "--", ":")
@@ -209,8 +217,6 @@ def _curves(shown: Sequence[Shown], keys: Sequence[str], points: bool = False) -
                 label = " ".join([one.name] * (len(shown) > 1) + [key.split("/")[-1]] * (len(keys) > 1))
                 marker = "." if points or len(known) < 30 else None
                 axes.plot(*zip(*known, strict=True), style, color=COLOURS[number], label=label, marker=marker)
-            elif key == keys[0] and len(shown) == 1:
-                return None
     if not axes.lines:
         return None
     axes.set_xlabel("step")
