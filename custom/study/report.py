@@ -243,7 +243,12 @@ def _compared(
 
 
 def verdict(
-    plan: Plan, told: Mapping[Any, tuple[float, Interval, float]], a: str, b: str, more: str = "better"
+    plan: Plan,
+    told: Mapping[Any, tuple[float, Interval, float]],
+    a: str,
+    b: str,
+    more: str = "better",
+    digits: int = 3,
 ) -> str:
     """In words: where the interval of a difference excludes 0 and the adjusted p is below 0.05, and where not.
 
@@ -252,13 +257,13 @@ def verdict(
         told: ``(cell or its name, A, B)`` -> difference B - A, its interval, adjusted p.
         a, b: two arms.
         more: what a positive difference is, better or worse.
+        digits: of the difference.
     """
     words = {True: more, False: "worse" if more == "better" else "better"}
     found: dict[str, list[str]] = {}
     for (cell, x, y), (difference, interval, p) in told.items():
         if (x, y) == (a, b):
             apart = (interval.low > 0 or interval.high < 0) and p < LEVEL
-            digits = 3 if abs(difference) < 1 else 1
             name = cell if isinstance(cell, str) else _name(plan, cell)
             found.setdefault(words[difference > 0] if apart else "not told apart", []).append(
                 f"{name} ({difference:+.{digits}f})"
@@ -306,39 +311,52 @@ def _probe(plan: Plan, probed: Rows) -> list[str]:
 
 def _probe_differences(plan: Plan, probed: Rows) -> list[str]:
     """Paired by patient and seed: retrieval and place error of each two trained arms that are compared."""
-    lines: dict[tuple[str, str, str], dict[str, np.ndarray]] = {}
-    for network in plan.networks:
-        of = {(row["arm"], row["seed"]): row["by_patient"] for row in probed if row["network"] == network}
-        for a, b in plan.pairs:
-            if not all((arm, seed) in of for arm in (a, b) for seed in plan.seeds):
-                continue
-            for key, title in (("retrieval", "retrieval"), ("place_mm", "place, mm")):
-                patients = sorted(of[a, plan.seeds[0]][key])
-                table = [[of[b, s][key][p] - of[a, s][key][p] for p in patients] for s in plan.seeds]
-                lines.setdefault((f"{network}, {title}", a, b), {})["d"] = np.array(table)
-    if not lines or min(one["d"].shape[1] for one in lines.values()) < MIN_CASES:
-        return []
-    differences = {key: one["d"] for key, one in lines.items()}
-    p_values = [signed_rank_p(d.mean(axis=0)) for d in differences.values()]
-    told = {
-        key: (float(d.mean()), bootstrap_interval(d), p)
-        for (key, d), p in zip(differences.items(), holm(p_values), strict=True)
-    }
-    rows = []
-    for (name, a, b), (difference, interval, p) in told.items():
-        digits = 3 if name.endswith("retrieval") else 1
-        text = f"{difference:+.{digits}f} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
-        bold = "**" if interval.low > 0 or interval.high < 0 else ""
-        rows.append([name, a, b, f"{bold}{text}{bold}", _p(p)])
-    said = []
-    for ending, more in (("retrieval", "better"), ("place, mm", "worse")):
-        chosen = {key: value for key, value in told.items() if key[0].endswith(ending)}
-        said += [verdict(plan, chosen, a, b, more) for a, b in plan.pairs]
+    said, rows = [], []
+    patients = 0
+    for key, title, more, digits in (
+        ("retrieval", "retrieval", "better", 3),
+        ("place_mm", "place, mm", "worse", 1),
+    ):
+        differences = {
+            (f"{network}, {title}", a, b): found
+            for network in plan.networks
+            for a, b in plan.pairs
+            if (found := _paired(plan, probed, network, a, b, key)) is not None
+        }
+        if not differences:
+            return []
+        patients = min(found.shape[1] for found in differences.values())
+        p_values = [signed_rank_p(found.mean(axis=0)) for found in differences.values()]
+        told = {
+            pair: (float(found.mean()), bootstrap_interval(found), p)
+            for (pair, found), p in zip(differences.items(), holm(p_values), strict=True)
+        }
+        said += [verdict(plan, told, a, b, more, digits) for a, b in plan.pairs]
+        for (name, a, b), (difference, interval, p) in told.items():
+            text = f"{difference:+.{digits}f} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
+            bold = "**" if interval.low > 0 or interval.high < 0 else ""
+            rows.append([name, a, b, f"{bold}{text}{bold}", _p(p)])
+    least = 2.0 ** (1 - patients)
+    limit = ""
+    if len(rows) // 2 * least >= LEVEL:
+        limit = f" With {patients} patients p is at least {least:.3f}, so that with {len(rows) // 2} rows no arm can be told apart."
     return [
         "\n".join(said),
-        f"B - A by patient and seed, intervals and p as for scores; Holm: adjusted for these rows. A place error is better where it is lower. {FEW}",
+        "B - A by patient and seed, intervals and p as for scores; Holm: adjusted for the rows of one figure. A place error is better where it is "
+        f"lower. {FEW}{limit}",
         _table(["", "A", "B", "B - A", "Holm"], rows),
     ]
+
+
+def _paired(plan: Plan, probed: Rows, network: str, a: str, b: str, key: str) -> np.ndarray | None:
+    """Differences B - A (seeds, patients) of a figure; None if a seed is missing, or there are too few patients."""
+    of = {(row["arm"], row["seed"]): row["by_patient"][key] for row in probed if row["network"] == network}
+    if not all((arm, seed) in of for arm in (a, b) for seed in plan.seeds):
+        return None
+    patients = sorted(of[a, plan.seeds[0]])
+    if len(patients) < MIN_CASES:
+        return None
+    return np.array([[of[b, s][p] - of[a, s][p] for p in patients] for s in plan.seeds])
 
 
 def _spread(values: Sequence[float | None]) -> str:
