@@ -263,7 +263,7 @@ def commands(monkeypatch):
     """The command lines that would be run; a pre-training writes its last step, a fine-tuning its last epoch."""
     told = []
 
-    def execute(words, log):
+    def execute(words: list, log) -> None:
         told.append(list(words))
         settings = settings_of(words)
         if "alice_pretrain" in settings.get("--bundle_root", ""):

@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import re
-import resource
 import runpy
 import shlex
 import shutil
@@ -466,13 +465,10 @@ class Sweep:
             )
 
 
-def execute(words: Sequence[str], log: Path) -> dict[str, float]:
+def execute(words: Sequence[str], log: Path) -> None:
     """``python -m WORDS`` in a process of its own, its command and output in a file.
 
-    The process is forked, so that a sweep of many short runs imports torch and MONAI once.
-
-    Returns:
-        Seconds on the clock and of the CPU.
+    The process is forked, so that a sweep of many short runs imports torch and MONAI once. It ends with this one.
 
     Raises:
         RunFailed: naming the log and its last line, if it fails.
@@ -480,16 +476,12 @@ def execute(words: Sequence[str], log: Path) -> dict[str, float]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         file.write(f"python -m {shlex.join(words)}\n")
-    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     process = multiprocessing.get_context("fork").Process(target=_as_command, args=(list(words), log))
     process.start()
     process.join()
     if process.exitcode != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise RunFailed(f"{log}: exit code {process.exitcode}; it ends with: {shown(lines[-1])}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": time.perf_counter() - started, "cpu_seconds": cpu}
 
 
 def _into(log: Path) -> None:
